@@ -1,0 +1,38 @@
+"""Strict answer extraction: what is not in the asked form is invalid, never force-matched (METHOD, Attack 7)."""
+
+from __future__ import annotations
+
+import re
+
+from ..core.types import LETTERS, Status
+from .prompts import Prompt
+
+_TAGGED = re.compile(r"<answer>\s*\(?([A-Z])\)?\.?\s*</answer>")
+_BARE = re.compile(r"\s*\(?([A-Z])\)?\.?\s*")
+
+
+def extract(text: str, prompt: Prompt, n_options: int, *, finished: bool) -> tuple[int | None, Status]:
+    """The option index that a generated reply names, and whether the reply is valid.
+
+    `text` is the reply without special tokens; `finished` is False where generation ran into its token limit.
+    A tagged prompt wants exactly one `<answer>X</answer>` (before it, for a reasoning prompt, one closed `<think>`);
+    an untagged one wants the letter alone. A letter beyond the options is invalid. A reply cut off before it gave an
+    answer is "truncated".
+    """
+    if prompt.tagged:
+        letters = _TAGGED.findall(text)
+        well_formed = len(letters) == 1 and text.count("<answer>") == 1 and text.rstrip().endswith("</answer>")
+        if prompt.reasons:
+            well_formed = well_formed and text.lstrip().startswith("<think>") and text.count("</think>") == 1
+    else:
+        match = _BARE.fullmatch(text)
+        letters, well_formed = ([match[1]] if match else []), match is not None
+    if well_formed and letters[0] in LETTERS[:n_options]:
+        return LETTERS.index(letters[0]), "valid"
+    return None, "invalid" if finished else "truncated"
+
+
+def rationale_of(text: str) -> str | None:
+    """What stands inside `<think>`, None where there is no closed one."""
+    match = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    return match[1] if match else None

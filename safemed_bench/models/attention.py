@@ -1,0 +1,66 @@
+"""Vision attention for images of one size: one batched SDPA instead of one call per image and layer.
+
+Stock Qwen-VL vision towers pack all images into one sequence. With a flash-attention kernel they pass the packed
+layout through; with SDPA they loop over images in Python. All canvases of a suite have one size, so the packed
+sequence is a plain batch. Registered under a name with "flash" in it, because that is how transformers decides on
+the packed layout; nothing of flash-attention itself is used, and any device will do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "flash_layout_sdpa"
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Bidirectional attention within each packed sequence.
+
+    query, key, value: (1, heads, N, d) with N = the sum of the sequence lengths. Returns ((1, N, heads, d), None).
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError(f"{NAME} is for packed vision sequences only")
+    _, heads, total, width = query.shape
+    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+    if all(n == max_length_q for n in lengths):
+        shape = (heads, len(lengths), max_length_q, width)
+        q, k, v = (x[0].view(shape).transpose(0, 1) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).reshape(1, total, heads, width), None
+    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
+    outs = [
+        nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, packed_sdpa)
+
+
+def use_packed_vision_attention(model: nn.Module) -> bool:
+    """Switch the vision towers that pack their images to `packed_sdpa`; False where the model has none."""
+    towers = [
+        m
+        for m in model.modules()
+        if type(m).__name__ in {"Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"}
+        or (type(m).__name__.startswith("Qwen3VL") and type(m).__name__.endswith("VisionModel"))
+    ]
+    for tower in towers:
+        tower.config._attn_implementation = NAME
+    return bool(towers)

@@ -1,0 +1,365 @@
+"""Any Hugging Face vision-language model behind the one interface of `base`.
+
+Every family goes through one pixel map that is recovered by probing its image processor (pixels.py), so a new family
+writes no pixel code. Text is composed once per question; prompt and continuation are joined flush right, so that the
+answer position is the last column of every row and the LM head is applied only where something is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from ..core.errors import ModelError
+from ..core.types import LETTERS, Answer, Question
+from .answers import extract
+from .attention import use_packed_vision_attention
+from .base import Batch, Decode, Text
+from .card import ModelCard
+from .chat import ChatFormat
+from .pixels import PixelMap, image_processor_call
+from .processors import LOAD_ERRORS, load_processor
+from .prompts import get_prompt
+from .selfcheck import self_check
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class HuggingFaceVLM:
+    """White-box adapter. Construct with `load` (checks itself) or directly from a model and its processor."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        card: ModelCard,
+        resolution: tuple[int, int],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.card, self.name, self.resolution = card, card.name, resolution
+        self.prompt = get_prompt(card.prompt)
+        self.reasons, self.fingerprint = card.reasons, card.fingerprint
+        self.decode: Decode = card.decode
+        self.device = torch.device(device)
+        self.model, self.processor, self.tokenizer = model.to(self.device), processor, processor.tokenizer
+        self._process = image_processor_call(processor)
+        self.pixel_map = PixelMap.probe(self._process, resolution).to(self.device)
+        self.chat = ChatFormat(processor, resolution)
+        self._mrope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+        self._head_on_slice = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
+        self._end_ids = _end_ids(model, self.tokenizer)
+        use_packed_vision_attention(model)
+
+    @classmethod
+    def load(
+        cls, card: ModelCard, resolution: tuple[int, int], *, device: torch.device, dtype: str = "auto"
+    ) -> HuggingFaceVLM:
+        """Weights, processor and optional LoRA adapter of `card`; frozen, in eval mode.
+
+        Raises ModelError where files are missing or broken, or where the probe refuses the processor.
+        """
+        wanted = _dtype(dtype, device)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                card.path, dtype=wanted, fusion_config={"patch_embeddings": True}
+            )
+        except LOAD_ERRORS as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ModelError(f"cannot load the weights in {card.path}: {type(error).__name__}: {reason}") from error
+        if card.adapter:
+            model = _with_adapter(model, card.adapter)
+        model.eval().requires_grad_(False)
+        return cls(model, load_processor(card.path), card, resolution, device=device)
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, questions: Sequence[Question], canvas: Tensor) -> Batch:
+        """Questions and their (B, 3, H, W) uint8 canvases to a batch; token ids are padded on the left."""
+        if tuple(canvas.shape[-2:]) != self.resolution or canvas.dtype != torch.uint8:
+            raise ValueError(f"canvas must be uint8 of {self.resolution}, not {canvas.dtype} {tuple(canvas.shape)}")
+        inputs = self.compose([self.prompt.user_text(q) for q in questions], image=self.prompt.image)
+        return Batch(tuple(questions), canvas, inputs).to(self.device)
+
+    def compose(self, texts: Sequence[str], *, image: bool = True) -> dict[str, Tensor]:
+        """User texts to left-padded `input_ids`, `attention_mask` (B, L) and `position_ids` on the model's device."""
+        rows = [self.chat.ids(text, image=image) for text in texts]
+        ids, mask = _pad_left(rows, self._pad_id)
+        positions = self._positions(ids, mask, image)
+        return {k: v.to(self.device) for k, v in zip(INPUTS, (ids, mask, positions), strict=True)}
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a continuation, without special tokens."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode_text(self, tokens: Sequence[int]) -> str:
+        """Text of token ids; end and pad tokens are left out, tags stay."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def answer_prefix(self, rationale: str | None = None) -> str:
+        """The continuation right before the letter."""
+        return self.prompt.answer_prefix(rationale)
+
+    @property
+    def end_of_turn(self) -> int:
+        """The token that ends a reply."""
+        return self._end_ids[0]
+
+    @property
+    def _pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
+
+    def _positions(self, ids: Tensor, mask: Tensor, image: bool) -> Tensor:
+        """(B, 3, L) for multimodal rotary embeddings, else (B, L); padding gets 0 or 1, which attention ignores."""
+        if self._mrope is None:
+            return (mask.cumsum(-1) - 1).clamp(min=0)
+        extras = self.pixel_map.extras(len(ids)) if image else {}
+        kinds = self.chat.token_types(ids)
+        on = next(self.model.parameters()).device
+        arguments = {"attention_mask": mask, **kinds, **extras}
+        known = inspect.signature(self._mrope.get_rope_index).parameters
+        positions, _ = self._mrope.get_rope_index(
+            ids.to(on), **{k: v.to(on) for k, v in arguments.items() if k in known}
+        )
+        return positions.permute(1, 0, 2).to(ids.device)
+
+    def _join(self, inputs: dict[str, Tensor], text: Sequence[Text]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Prompt and continuation flush right: model inputs, continuation ids and mask (B, T), T >= 1 columns."""
+        rows = [self.encode(t) if isinstance(t, str) else tuple(t) for t in text]
+        width = max(1, max(map(len, rows)))
+        tail = torch.full((len(rows), width), self._pad_id)
+        tail_mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            tail[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+            tail_mask[i, width - len(row) :] = 1
+        tail, tail_mask = tail.to(self.device), tail_mask.to(self.device)
+        prompt, mask, positions = (inputs[k] for k in INPUTS)
+        # Shift each prompt right over the columns that its shorter continuation leaves free.
+        shift = width - tail_mask.sum(1, keepdim=True)
+        column = torch.arange(prompt.shape[1] + width, device=self.device)[None] - shift
+        inside = (column >= 0) & (column < prompt.shape[1])
+        source = column.clamp(0, prompt.shape[1] - 1)
+        ids = torch.where(inside, prompt.gather(1, source), self._pad_id)
+        ids[:, -width:] = torch.where(tail_mask.bool(), tail, ids[:, -width:])
+        joined_mask = torch.where(inside, mask.gather(1, source), 0)
+        joined_mask[:, -width:] = joined_mask[:, -width:].where(~tail_mask.bool(), 1)
+        return (
+            {
+                "input_ids": ids,
+                "attention_mask": joined_mask,
+                "position_ids": _extend(positions, source, column, prompt.shape[1]),
+            },
+            tail,
+            tail_mask,
+        )
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def pixel_values(self, pixels: Tensor) -> Tensor | None:
+        """What the image processor would give for (B, 3, H, W) pixels in [0, 1], None for a blind prompt."""
+        return self.pixel_map(pixels) if self.prompt.image else None
+
+    def _logits(self, inputs: dict[str, Tensor], pixel_values: Tensor | None, keep: int) -> Tensor:
+        """(B, keep, V) logits at the last `keep` columns."""
+        positions = inputs["position_ids"]
+        arguments: dict[str, Any] = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "position_ids": positions.permute(1, 0, 2) if positions.ndim == 3 else positions,
+            **self.chat.token_types(inputs["input_ids"]),
+            "use_cache": False,
+        }
+        if pixel_values is not None:
+            arguments["pixel_values"] = pixel_values.to(next(self.model.parameters()).dtype)
+            arguments |= self.pixel_map.extras(len(positions))
+        if self._head_on_slice:
+            arguments["logits_to_keep"] = keep
+        return self.model(**arguments).logits[:, -keep:].float()
+
+    def _score(self, batch: Batch, pixel_values: Tensor | None, text: Sequence[Text], candidates: Tensor) -> Tensor:
+        inputs, _, _ = self._join(batch.inputs, text)
+        scores = self._logits(inputs, pixel_values, 1)[:, -1].log_softmax(-1)
+        candidates = candidates.to(self.device)
+        return scores.gather(1, candidates.clamp(min=0)).masked_fill(candidates < 0, -torch.inf)
+
+    def next_token_logits(self, batch: Batch, pixels: Tensor, text: Sequence[Text], candidates: Tensor) -> Tensor:
+        """(B, K) log-probabilities of `candidates` (B, K; -1 = absent, gives -inf) right after `text`."""
+        return self._score(batch, self.pixel_values(pixels), text, candidates)
+
+    def option_logits(self, batch: Batch, pixels: Tensor, text: Sequence[Text] | None = None) -> Tensor:
+        """(B, K) log-probabilities of the options' letters after `text` (default `answer_prefix()`)."""
+        prefix = [self.answer_prefix()] * len(batch) if text is None else text
+        return self.next_token_logits(batch, pixels, prefix, self._letter_ids(batch))
+
+    def _letter_ids(self, batch: Batch) -> Tensor:
+        """(B, K) token id of each option's letter where it follows the answer prefix; -1 where there is no option."""
+        prefix = self.answer_prefix()
+        before = len(self.encode(prefix))
+        letters = [self.encode(prefix + letter)[before] for letter in LETTERS]
+        count = max(len(q.options) for q in batch.questions)
+        return torch.tensor([[letters[k] if k < len(q.options) else -1 for k in range(count)] for q in batch.questions])
+
+    def token_loss(
+        self,
+        batch: Batch,
+        pixels: Tensor,
+        text: Sequence[Text],
+        weights: Sequence[Sequence[float]] | None = None,
+    ) -> Tensor:
+        """(B,) mean negative log-likelihood per token of each continuation, in nats; weighted mean with `weights`."""
+        return self.reply_loss(batch.inputs, self.pixel_values(pixels), text, weights)
+
+    def reply_loss(
+        self,
+        prompts: dict[str, Tensor],
+        pixel_values: Tensor | None,
+        text: Sequence[Text],
+        weights: Sequence[Sequence[float]] | None = None,
+    ) -> Tensor:
+        """`token_loss` of replies to composed prompts, with or without an image; the trainer's entrance."""
+        inputs, tail, mask = self._join(prompts, text)
+        width = tail.shape[1]
+        logits = self._logits(inputs, pixel_values, width + 1)[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tail, reduction="none")
+        scale = mask.float()
+        if weights is not None:
+            for i, row in enumerate(weights):
+                scale[i, width - len(row) :] = torch.tensor(row, device=self.device)
+        return (loss * scale).sum(1) / scale.sum(1).clamp(min=1e-9)
+
+    # -- the deployed path ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, pixels: Tensor, *, generator: torch.Generator | None = None) -> list[Answer]:
+        """8-bit image, the model's own processor, greedy decoding, strict extraction; `generator` is not used."""
+        processed = self.processed(pixels)
+        replies = self._generate(batch, processed)
+        extracted = [
+            extract(self.decode_text(reply), self.prompt, len(q.options), finished=done)
+            for (reply, done), q in zip(replies, batch.questions, strict=True)
+        ]
+        prefixes = [self._up_to_letter(reply) for reply, _ in replies]
+        values = processed["pixel_values"] if self.prompt.image else None
+        scores = self._score(batch, values, prefixes, self._letter_ids(batch))
+        answers = []
+        for (reply, _), (index, status), row, q in zip(replies, extracted, scores, batch.questions, strict=True):
+            logprobs = tuple(row[: len(q.options)].tolist())
+            if self.decode == "logprob":
+                best = int(row[: len(q.options)].argmax())
+                verdict: tuple[int | None, Any] = (best, "valid")
+            else:
+                verdict = (index, status)
+            answers.append(
+                Answer(verdict[0], verdict[1], self.decode_text(reply), logprobs, letter=index, tokens=reply)
+            )
+        return answers
+
+    def processed(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What the model's own image processor gives for the pixels rounded to the 8-bit grid."""
+        images = (pixels.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return {k: v.to(self.device) for k, v in self._process(list(images)).items()}
+
+    def _up_to_letter(self, reply: Sequence[int]) -> Text:
+        """The reply up to the place of its letter; the plain answer prefix where it has none (or needs none)."""
+        if not self.reasons:
+            return self.answer_prefix()
+        text = self.decode_text(reply)
+        head, tag, _ = text.partition("<answer>")
+        return head + tag if tag else self.answer_prefix()
+
+    def _generate(self, batch: Batch, processed: dict[str, Tensor]) -> list[tuple[tuple[int, ...], bool]]:
+        """Greedy continuation of each prompt without its end token, and whether it ended by itself."""
+        ids = batch.inputs["input_ids"]
+        arguments: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": batch.inputs["attention_mask"],
+            **self.chat.token_types(ids),
+        }
+        if self.prompt.image:
+            dtype = next(self.model.parameters()).dtype
+            arguments |= {k: v.to(dtype) if k == "pixel_values" else v for k, v in processed.items()}
+        out = self.model.generate(  # type: ignore[operator]
+            **arguments,
+            max_new_tokens=self.card.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self._pad_id,
+            eos_token_id=list(self._end_ids),
+        )
+        replies = []
+        for row in out[:, ids.shape[1] :].tolist():
+            end = next((i for i, token in enumerate(row) if token in self._end_ids), None)
+            replies.append((tuple(row if end is None else row[:end]), end is not None))
+        return replies
+
+    def self_check(self, batch: Batch) -> dict[str, Any]:
+        """Pixel map = processor, gradient = finite difference, single = batched (selfcheck.py)."""
+        return self_check(self, batch)
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    return ids, mask
+
+
+def _extend(positions: Tensor, source: Tensor, column: Tensor, length: int) -> Tensor:
+    """Position ids of the joined sequence: the prompt's own, then counting on from its largest."""
+    many = positions.ndim == 3
+    rows = positions if many else positions[:, None]
+    index = source[:, None].expand(-1, rows.shape[1], -1)
+    last = rows.amax((1, 2))[:, None, None]
+    after = last + (column - length + 1)[:, None]
+    out = torch.where((column >= length)[:, None], after, rows.gather(2, index))
+    return out if many else out[:, 0]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, whose own signature hides arguments."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in known:
+        raise ModelError(f"unknown dtype '{name}'. Known: auto, {', '.join(known)}")
+    return known[name]
+
+
+def _end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a reply, the tokenizer's own first."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*own, *listed]))
+
+
+def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    if not Path(adapter).is_dir():
+        raise ModelError(f"LoRA adapter folder not found: {adapter}")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError("a LoRA adapter needs the extra: pip install 'safemed-bench[peft]'") from error
+    return PeftModel.from_pretrained(model, adapter)

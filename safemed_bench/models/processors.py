@@ -1,0 +1,68 @@
+"""Loading a Hugging Face processor, also where torchvision (hence video) is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import ProcessorMixin
+
+from ..core.errors import ModelError
+
+LOAD_ERRORS = (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError)
+"""What `from_pretrained` raises on missing files, broken JSON, absent libraries and unknown classes."""
+
+
+def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The same processor class with no video part: it loads, checks and saves images and text only.
+
+    It keeps its parent's name, because `save_pretrained` writes that name and `AutoProcessor` looks it up.
+    """
+
+    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
+        return [name for name in processor_class.get_attributes() if name != "video_processor"]
+
+    members = {"get_attributes": classmethod(get_attributes), "__module__": processor_class.__module__}
+    return type(processor_class.__name__, (processor_class,), members)
+
+
+def load_processor(path_or_id: str | Path, revision: str | None = None, backend: str = "pil") -> ProcessorMixin:
+    """The processor (image processor + tokenizer + chat template) of a model folder or hub id.
+
+    backend: `pil` (default) or `torchvision`. They differ when they resize, so one is pinned whatever is
+    installed; families that have only one of them get that one. Where a video processor is demanded and cannot
+    be built, the processor comes without. Honours HF_HUB_OFFLINE. The tokenizer pads on the left.
+
+    Raises:
+        ModelError: nothing there, files missing or broken, or not the processor of an image-text model.
+    """
+    name, options = str(path_or_id), {} if revision is None else {"revision": revision}
+    try:
+        processor = _load(name, options)
+        processor.image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **options)
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot load the processor of '{name}': {type(error).__name__}: {reason}") from error
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
+
+
+def _load(name: str, options: dict[str, Any]) -> ProcessorMixin:
+    try:
+        processor = AutoProcessor.from_pretrained(name, **options)
+    except (ImportError, OSError):  # no torchvision for the video processor, or no file of its settings
+        config = AutoConfig.from_pretrained(name, **options)
+        if type(config) not in PROCESSOR_MAPPING:
+            raise
+        processor_class: Any = PROCESSOR_MAPPING[type(config)]
+        processor = without_video(processor_class).from_pretrained(name, **options)
+    missing = [part for part in ("image_processor", "tokenizer") if not hasattr(processor, part)]
+    if missing:
+        raise ValueError(f"it has no {' and no '.join(missing)}, so it is not a vision-language model's")
+    return processor

@@ -1,0 +1,90 @@
+"""What the adapter proves about itself before it is used; it refuses to run otherwise (DESIGN, section 5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import ModelError
+from .base import Batch
+
+if TYPE_CHECKING:
+    from .huggingface import HuggingFaceVLM
+
+MAP_TOLERANCE = 1e-5
+BATCH_TOLERANCE = {torch.float32: 1e-4}
+GRADIENT_TOLERANCE = {torch.float32: 0.05}
+LOW_PRECISION = 0.25
+"""Half-precision forward passes carry errors of this order in log-probabilities and relative finite differences."""
+
+
+def self_check(model: HuggingFaceVLM, batch: Batch) -> dict[str, Any]:
+    """Measured errors of map, prompt, gradient and batching on a batch of at least 2 questions.
+
+    Raises ModelError naming the check and the error that is out of tolerance.
+    """
+    dtype = next(model.model.parameters()).dtype
+    found: dict[str, Any] = {"prompt": _prompt(model, batch)}
+    if model.prompt.image:
+        found["map"] = _require("pixel map", _map_error(model, batch), MAP_TOLERANCE, model.name)
+        slope = _gradient_error(model, batch)
+        found["gradient"] = _require("gradient", slope, GRADIENT_TOLERANCE.get(dtype, LOW_PRECISION), model.name)
+    error = _batching_error(model, batch)
+    found["batching"] = _require("batching", error, BATCH_TOLERANCE.get(dtype, LOW_PRECISION), model.name)
+    return found
+
+
+def _require(what: str, error: float, tolerance: float, name: str) -> float:
+    if not error <= tolerance:
+        raise ModelError(f"model '{name}' fails its start-up check of the {what}: error {error:.2e} > {tolerance:.0e}")
+    return error
+
+
+def _prompt(model: HuggingFaceVLM, batch: Batch) -> int:
+    """Number of prompts that differ from the real processor's; must be 0."""
+    if not model.prompt.image:
+        return 0
+    text = model.prompt.user_text(batch.questions[0])
+    real = tuple(model.chat.with_processor(text)["input_ids"][0].tolist())
+    if real != model.chat.ids(text, image=True):
+        raise ModelError(f"model '{model.name}': composed prompt differs from its processor's")
+    return 0
+
+
+def _map_error(model: HuggingFaceVLM, batch: Batch) -> float:
+    real = model.processed(batch.pixels)["pixel_values"].float()
+    return float((model.pixel_map(batch.pixels).float() - real).abs().max())
+
+
+def _loss(model: HuggingFaceVLM, batch: Batch, pixels: Tensor) -> Tensor:
+    scores = model.option_logits(batch, pixels)
+    return -scores.gather(1, batch.targets[:, None])[:, 0]
+
+
+def _gradient_error(model: HuggingFaceVLM, batch: Batch, step: float = 2e-3) -> float:
+    """Relative difference of <gradient, direction> and a central finite difference along the gradient's direction."""
+    one = batch.select([0])
+    pixels = one.pixels.clamp(0.02, 0.98).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(_loss(model, one, pixels).sum(), pixels)
+    norm = gradient.norm()
+    if not torch.isfinite(norm) or norm == 0:
+        raise ModelError(f"model '{model.name}': the gradient with respect to the image is {float(norm)}")
+    direction = gradient / norm
+    with torch.no_grad():
+        ahead, behind = (_loss(model, one, pixels + sign * step * direction).sum() for sign in (1, -1))
+    numeric = (ahead - behind) / (2 * step)
+    return float((numeric - norm).abs() / norm)
+
+
+@torch.no_grad()
+def _batching_error(model: HuggingFaceVLM, batch: Batch) -> float:
+    together = model.option_logits(batch, batch.pixels)
+    worst = 0.0
+    for i in range(len(batch)):
+        one = model.prepare(batch.questions[i : i + 1], batch.canvas[i : i + 1].cpu())
+        k = len(one.questions[0].options)
+        alone = model.option_logits(one, one.pixels)[0, :k]
+        worst = max(worst, float((alone - together[i, :k]).abs().max()))
+    return worst
