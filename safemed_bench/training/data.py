@@ -1,0 +1,127 @@
+"""Training and validation questions with their canvases in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.types import LETTERS, Question
+from .config import DataConfig
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """questions[i] asks about images[image_of[i]] ((n, H, W, 3) uint8); rationales[i] is its chain of thought."""
+
+    questions: tuple[Question, ...]
+    rationales: tuple[str, ...]
+    images: NDArray[np.uint8]
+    image_of: NDArray[np.int64]
+    words: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def canvases(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(len(rows), 3, H, W) uint8."""
+        return np.ascontiguousarray(self.images[self.image_of[np.asarray(rows)]].transpose(0, 3, 1, 2))
+
+
+def load_corpus(config: DataConfig, split: str, cache: Path | None = None) -> Corpus:
+    """The questions of a split, in a fixed order; phantom images are rendered once and kept in the cache folder."""
+    if config.name == "phantom":
+        return _phantom(config, split, cache or cache_folder())
+    return _folder(config, split)
+
+
+def cache_folder() -> Path:
+    """Where generated images are kept: SAFEMED_CACHE, else ~/.cache/safemed-bench."""
+    return Path(os.environ.get("SAFEMED_CACHE") or Path.home() / ".cache" / "safemed-bench")
+
+
+def _phantom(config: DataConfig, split: str, cache: Path) -> Corpus:
+    from ..datasets.phantom import WORDS, PhantomSpec, generate_arrays, index_of, rationale
+
+    spec = PhantomSpec.from_mapping({"size": config.resolution, **config.phantom})
+    count = config.images if split == "train" else spec.count(split)
+    name = cache / f"phantom-arrays-{spec.fingerprint()}-{split}-{count}"
+    if not (done := name.with_suffix(".json")).is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        images, records = generate_arrays(spec, split, count)
+        scratch = name.with_suffix(f".{os.getpid()}.npy")
+        np.save(scratch, images)
+        scratch.replace(name.with_suffix(".npy"))
+        scratch.write_text(json.dumps(records))
+        scratch.replace(done)
+    records = json.loads(done.read_text())
+    return Corpus(
+        questions=tuple(_question(r) for r in records),
+        rationales=tuple(rationale(r["facts"], r) for r in records),
+        images=np.load(name.with_suffix(".npy"), mmap_mode="r"),
+        image_of=np.array([index_of(r) for r in records]),
+        words=tuple(w for w in WORDS if w.isalpha() and len(w) > 1),
+    )
+
+
+def _question(record: dict[str, Any]) -> Question:
+    options = tuple(record[k] for k in (f"option_{letter}" for letter in LETTERS) if k in record)
+    return Question(
+        id=record["question_id"],
+        image=record["image_path"],
+        image_sha256="",
+        question=record["question"],
+        options=options,
+        answer=LETTERS.index(record["gt_letter"]),
+        modality=record["dataset"].removeprefix("Phantom-"),
+        question_type=record["question_type"],
+        source=record["dataset"],
+        split=record["split"],
+    )
+
+
+def _folder(config: DataConfig, split: str) -> Corpus:
+    from ..datasets import load
+    from ..datasets.images import load_canvas
+    from ..datasets.phantom import WORDS
+
+    spec = SimpleNamespace(
+        name="omnimedvqa",
+        root=config.root,
+        split=split,
+        scheme=config.scheme,
+        per_modality="all",
+        resolution=config.resolution,
+        fit=config.fit,
+        phantom={},
+    )
+    questions = tuple(q for q in load(spec).questions if not q.image_error)
+    paths = sorted({q.image for q in questions})
+    row = {path: i for i, path in enumerate(paths)}
+    images = np.stack([load_canvas(path, config.resolution, config.fit) for path in paths])
+    return Corpus(
+        questions=questions,
+        rationales=tuple(stated_rationale(q) for q in questions),
+        images=images,
+        image_of=np.array([row[q.image] for q in questions]),
+        words=tuple(w for w in WORDS if w.isalpha() and len(w) > 1),
+    )
+
+
+def stated_rationale(question: Question) -> str:
+    """A chain of thought for data without one: it names the answer's text, then the letter."""
+    return f"this image shows {question.options[question.answer]} . so {LETTERS[question.answer]}"
+
+
+def shuffled_options(question: Question, rng: np.random.Generator) -> Question:
+    """The same question with its options in another order, so that letters carry no prior."""
+    order = rng.permutation(len(question.options))
+    options = tuple(question.options[i] for i in order)
+    return replace(question, options=options, answer=int(np.flatnonzero(order == question.answer)[0]))
