@@ -1,0 +1,250 @@
+"""Records on disk -> pandas frames. A question without a verdict stays MISSING (NaN): it is never right or wrong.
+
+From one run folder `load_run` gives a `Run`: who was measured on what (`run.json`), and for each model its `Verdicts`,
+tables of question x condition. Aggregates over attacks are more columns of the same tables (`with_worst_cases`).
+
+Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
+(a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons}]; `cells`
+[{model, condition}] and `questions` [{id, modality, question_type, image_sha256, n_options}] in the plan's order
+(without them a question is known to be missing only where another cell has it); `provenance` (copied into the summary).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..core import journal
+from ..core.errors import DataError
+from ..core.types import MODALITIES, Record
+
+RECORDS = "records.jsonl"
+RUN = "run.json"
+HEAVY = {"text", "option_logprobs", "loss_trace", "extra"}
+COLUMNS = tuple(f.name for f in fields(Record) if f.name not in HEAVY)
+QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options")
+
+_CONDITION = re.compile(r"(?P<kind>[^\[@]+)(?:\[(?P<objective>[^\]]*)\])?(?:@(?P<threat>.+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A condition's name taken apart: `pgd[answer]@linf:4/255` is kind pgd, objective answer, threat linf:4/255."""
+
+    name: str
+    kind: str
+    objective: str | None
+    threat: str | None
+
+    @classmethod
+    def parse(cls, name: str) -> Condition:
+        match = _CONDITION.fullmatch(name)
+        if match is None:
+            raise DataError(f"'{name}' is not the name of a condition")
+        return cls(name, match["kind"], match["objective"], match["threat"])
+
+    @property
+    def is_attack(self) -> bool:
+        """An adversary's condition, single or aggregated; random noise is not one."""
+        return self.threat is not None and self.kind != "noise"
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What one model answered; rows are questions in the order of the plan, columns are conditions.
+
+    questions: index question id; columns modality, question_type, image_sha256, n_options.
+    correct: 1.0 right, 0.0 wrong, NaN missing. status: "valid", "invalid", "truncated", or NaN.
+    clean: the verdict on the untouched image, from the clean cell or, where the suite has none, from attack records.
+    errors: (condition, question id, message) of every record with an error.
+    """
+
+    model: str
+    questions: pd.DataFrame
+    correct: pd.DataFrame
+    status: pd.DataFrame
+    clean: pd.Series
+    errors: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return tuple(Condition.parse(name) for name in self.correct.columns)
+
+    @property
+    def images(self) -> np.ndarray:
+        """(n,) codes, equal where questions share an image; a question whose image is unknown stands alone."""
+        known = self.questions["image_sha256"].astype(object)
+        alone = pd.Series([f"question:{i}" for i in self.questions.index], index=self.questions.index, dtype=object)
+        return pd.factorize(known.where(known.fillna("") != "", alone))[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as results see it. `info` is run.json as it was written, {} where there is none."""
+
+    folder: Path
+    info: Mapping[str, Any]
+    verdicts: tuple[Verdicts, ...]
+
+
+def load_records(folder: Path | str) -> pd.DataFrame:
+    """One row per record: COLUMNS of core.types.Record, `correct` and `clean_correct` as 1.0, 0.0 or NaN.
+
+    Of a run that ended, `records.jsonl` is read: the records of its plan. Of one that was stopped, the journal, which
+    may also hold records of an earlier plan of the same suite; of two records of one question in one cell the later
+    one stands. Raises DataError.
+    """
+    folder = Path(folder)
+    rows = [[getattr(record, name) for name in COLUMNS] for record in _records(folder)]
+    if not rows:
+        raise DataError(f"{folder} holds no records: neither {journal.JOURNAL} nor {RECORDS} has a line")
+    frame = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(
+        ["model", "condition", "question_id"], keep="last"
+    )
+    for name in ("correct", "clean_correct"):
+        frame[name] = frame[name].map({True: 1.0, False: 0.0}).astype(float)
+    frame.loc[frame["error"] != "", ["correct", "clean_correct"]] = np.nan
+    return frame.reset_index(drop=True)
+
+
+def _records(folder: Path) -> Iterable[Record]:
+    exported, written = (folder / RECORDS).is_file(), (folder / journal.JOURNAL).is_file()
+    if exported and (_ended(load_info(folder)) or not written):
+        return _exported(folder / RECORDS)
+    if written:
+        return journal.read(folder).records.values()
+    raise DataError(f"{folder} is not a run folder: it has neither {journal.JOURNAL} nor {RECORDS}")
+
+
+def _ended(info: Mapping[str, Any]) -> bool:
+    """Whether the last session came to its end, at which records.jsonl is written."""
+    sessions = info.get("provenance", {}).get("sessions") or [{}]
+    return sessions[-1].get("outcome") in ("complete", "incomplete")
+
+
+def _exported(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield Record.from_dict(json.loads(line))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise DataError(f"{path}:{number}: not a record ({error})") from error
+
+
+def load_info(folder: Path) -> dict[str, Any]:
+    """`run.json` of a folder, {} where there is none."""
+    path = folder / RUN
+    if not path.is_file():
+        return {}
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(info, dict):
+        raise DataError(f"{path}: an object was expected")
+    return info
+
+
+def load_run(folder: Path | str) -> Run:
+    """Everything results need of a run folder. Raises DataError."""
+    folder = Path(folder)
+    info = load_info(folder)
+    records = load_records(folder)
+    cells = _planned_cells(info, records)
+    questions = _planned_questions(info, records)
+    tables = tuple(
+        _verdicts(model, conditions, questions, records[records["model"] == model])
+        for model, conditions in cells.items()
+    )
+    return Run(folder, info, tables)
+
+
+def _planned_cells(info: Mapping[str, Any], records: pd.DataFrame) -> dict[str, list[str]]:
+    """model -> its conditions, in the plan's order; from the records where run.json does not name them."""
+    pairs = [(c["model"], c["condition"]) for c in info.get("cells", ())]
+    pairs = pairs or list(records[["model", "condition"]].drop_duplicates().itertuples(index=False, name=None))
+    cells: dict[str, list[str]] = {}
+    for model, condition in pairs:
+        cells.setdefault(model, []).append(condition)
+    return cells
+
+
+def _planned_questions(info: Mapping[str, Any], records: pd.DataFrame) -> pd.DataFrame:
+    """Index question id, QUESTION_COLUMNS. A planned question without any record is a row all the same."""
+    seen = records.drop_duplicates("question_id").set_index("question_id")[list(QUESTION_COLUMNS)]
+    planned = info.get("questions") or ()
+    if not planned:
+        return seen
+    table = pd.DataFrame(planned).rename(columns={"id": "question_id"}).set_index("question_id")
+    table = table.reindex(columns=list(QUESTION_COLUMNS)).astype(object)
+    return table.combine_first(seen.reindex(table.index).astype(object)).reindex(table.index)[list(QUESTION_COLUMNS)]
+
+
+def _verdicts(model: str, conditions: list[str], questions: pd.DataFrame, rows: pd.DataFrame) -> Verdicts:
+    def table(column: str) -> pd.DataFrame:
+        wide = rows.pivot(index="question_id", columns="condition", values=column)
+        return wide.reindex(index=questions.index, columns=conditions)
+
+    correct = table("correct")
+    named = rows.loc[rows["error"] != "", ["condition", "question_id", "error"]]
+    return Verdicts(
+        model=model,
+        questions=questions,
+        correct=correct,
+        status=table("status").where(correct.notna()),
+        clean=correct["clean"] if "clean" in conditions else table("clean_correct").bfill(axis=1).iloc[:, 0],
+        errors=tuple(named.itertuples(index=False, name=None)),
+    )
+
+
+def with_worst_cases(verdicts: Verdicts) -> Verdicts:
+    """The same with the aggregates as columns: `pgd@…` per attack and threat, `worst@…` per threat.
+
+    Per question the worst member counts. `pgd@…` spans the attack's objectives; `worst@…` spans every attack of the
+    same norm and eps, and clean. Wrong in one member is wrong, whatever else is missing; otherwise a question that is
+    missing in one member is missing.
+    """
+    members: dict[str, list[str]] = {}
+    for condition in verdicts.conditions:
+        if condition.is_attack:
+            members.setdefault(f"{condition.kind}@{condition.threat}", []).append(condition.name)
+            members.setdefault(f"worst@{condition.threat}", []).append(condition.name)
+    correct, status = verdicts.correct.copy(), verdicts.status.copy()
+    for name, columns in members.items():
+        if name.startswith("worst@") and "clean" in verdicts.correct:
+            columns.append("clean")
+        if name not in verdicts.correct:
+            correct[name] = _worst(verdicts.correct[columns])
+            status[name] = _worst_status(verdicts.correct[columns], verdicts.status[columns], correct[name])
+    return replace(verdicts, correct=correct, status=status)
+
+
+def _worst(correct: pd.DataFrame) -> pd.Series:
+    lowest = correct.min(axis=1)
+    return lowest.mask(correct.isna().any(axis=1) & (lowest != 0))
+
+
+def _worst_status(correct: pd.DataFrame, status: pd.DataFrame, worst: pd.Series) -> pd.Series:
+    """ "invalid" or "truncated" only where no member was wrong with a valid answer.
+
+    So the invalid rate of an aggregate is the share of questions lost through an unreadable answer alone.
+    """
+    result = pd.Series(np.nan, index=worst.index, dtype=object).mask(worst.notna(), "valid")
+    wrong = status.where(correct == 0)
+    for kind in ("truncated", "invalid"):
+        only = (wrong == kind).any(axis=1) & ~(wrong == "valid").any(axis=1)
+        result = result.mask(only & worst.notna(), kind)
+    return result
+
+
+def modality_order(names: Iterable[str]) -> list[str]:
+    """The eight known modalities first, in their usual order, then others by name."""
+    present = set(names)
+    return [m for m in MODALITIES if m in present] + sorted(present - set(MODALITIES))

@@ -1,0 +1,224 @@
+"""Summary -> tables: what stands in which row and column. How a table is written is in formats.py.
+
+Everything here reads the summary alone, so that a table can be made again without records, model or data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from ..core.journal import write_atomic
+from ..core.types import Estimate
+from .frames import Condition
+
+ALL = "all"
+Style = Literal["percent", "points", "bare", "count"]
+"""percent: `95.0 [91.1, 97.3]`; points: the same with a sign; bare: percent without interval; count: n alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    label: str
+    style: Style = "percent"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """keys: one word per key column of the table. cells: one estimate per column, None where there is none."""
+
+    keys: tuple[str, ...]
+    cells: tuple[Estimate | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """name: of the files. stamp: what data it is. notices: what a reader must know (limited, partial)."""
+
+    name: str
+    title: str
+    keys: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    stamp: str
+    notices: tuple[str, ...] = ()
+
+
+class Numbers:
+    """The estimates of a summary by (model, condition, metric, modality)."""
+
+    def __init__(self, summary: Mapping[str, Any]) -> None:
+        self.summary = summary
+        self.models: list[str] = [model["name"] for model in summary["models"]]
+        self.headline: str | None = summary["threat"]["headline"]
+        self._rows = {
+            (r["model"], r["condition"], r["metric"], r["modality"]): estimate_of(r) for r in summary["estimates"]
+        }
+        names = dict.fromkeys(r["condition"] for r in summary["estimates"])
+        self.conditions = [Condition.parse(name) for name in names]
+
+    def get(self, model: str, condition: str, metric: str = "accuracy", modality: str = ALL) -> Estimate | None:
+        return self._rows.get((model, condition, metric, modality))
+
+    def modalities(self, model: str) -> list[str]:
+        return list(dict.fromkeys(modality for name, _, _, modality in self._rows if name == model))
+
+    @property
+    def aggregates(self) -> list[Condition]:
+        """Noise, each attack (worst of its objectives) and the worst of all, each at every eps."""
+        order = {"noise": 0, "fgsm": 1, "worst": 3}
+        found = [c for c in self.conditions if c.threat and c.objective is None]
+        return sorted(found, key=lambda c: (order.get(c.kind, 2), c.kind))
+
+    @property
+    def main(self) -> list[Condition]:
+        """The aggregates without those that only say a little more."""
+        attacks = {c.kind for c in self.aggregates if c.is_attack} - {"worst"}
+        minor = {"fgsm"} if len(attacks) > 1 else set()
+        return [c for c in self.aggregates if c.kind not in minor and (c.kind != "noise" or c.threat == self.headline)]
+
+    def blind(self, model: str, modality: str) -> Estimate | None:
+        """The higher of blank and shuffled accuracy."""
+        found = [e for name in ("blank", "shuffled") if (e := self.get(model, name, "accuracy", modality)) and e.n]
+        return max(found, key=lambda e: e.value, default=None)
+
+    def reasons(self, model: str) -> bool:
+        return any(m["name"] == model and m["reasons"] for m in self.summary["models"])
+
+
+def build(summary: Mapping[str, Any]) -> list[Table]:
+    """All tables that the run has numbers for."""
+    numbers = Numbers(summary)
+    return [t for t in (overall(numbers), modalities(numbers), objectives(numbers), validity(numbers)) if t.rows]
+
+
+def write(summary: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Every table as `<name>.csv`, `.md` and `.tex` in `folder`; returns the paths."""
+    from .formats import to_csv, to_latex, to_markdown
+
+    written = []
+    for table in build(summary):
+        for suffix, text in (("csv", to_csv), ("md", to_markdown), ("tex", to_latex)):
+            path = folder / f"{table.name}.{suffix}"
+            write_atomic(path, text(table).encode())
+            written.append(path)
+    return written
+
+
+def render(summary: Mapping[str, Any], console: Console) -> None:
+    """The tables on the terminal, within 100 columns; plain aligned text where `console` is none."""
+    from .terminal import show
+
+    show(summary, console)
+
+
+def overall(numbers: Numbers) -> Table:
+    """One row per model: everything, over all modalities."""
+    columns, rows = _measured(numbers, numbers.aggregates, [(model, ALL) for model in numbers.models])
+    return _table(numbers, "overall", "Accuracy, %", ("model",), columns, [Row(k[:1], c) for k, c in rows])
+
+
+def modalities(numbers: Numbers) -> Table:
+    """One row per model and modality: noise at the headline threat alone, FGSM only where nothing stronger was run."""
+    pairs = [(model, modality) for model in numbers.models for modality in numbers.modalities(model)]
+    columns, rows = _measured(numbers, numbers.main, pairs)
+    return _table(
+        numbers,
+        "modalities",
+        "Accuracy per imaging modality, %",
+        ("model", "modality"),
+        columns,
+        [Row(*r) for r in rows],
+    )
+
+
+Cells = tuple[Estimate | None, ...]
+
+
+def _measured(
+    numbers: Numbers, varied: Sequence[Condition], pairs: Sequence[tuple[str, str]]
+) -> tuple[tuple[Column, ...], list[tuple[tuple[str, str], Cells]]]:
+    """The columns every accuracy table has, and a row of cells per (model, modality); all-empty columns left out."""
+    columns = [Column("n", "count"), Column("chance", "bare"), Column("clean"), Column("blind")]
+    columns += [Column("image gain", "points")]
+    columns += [Column(condition_label(c.name)) for c in varied]
+    columns += [Column("invalid", "bare"), Column("truncated", "bare")]
+
+    def cells(model: str, modality: str) -> Cells:
+        base = "clean" if numbers.get(model, "clean") else next((c.name for c in numbers.conditions), "clean")
+        return (
+            numbers.get(model, base, "accuracy", modality),
+            numbers.get(model, "clean", "chance", modality),
+            numbers.get(model, "clean", "accuracy", modality),
+            numbers.blind(model, modality),
+            numbers.get(model, "clean", "image_gain", modality),
+            *(numbers.get(model, c.name, "accuracy", modality) for c in varied),
+            numbers.get(model, base, "invalid_rate", modality),
+            numbers.get(model, base, "truncated_rate", modality),
+        )
+
+    rows = [cells(*pair) for pair in pairs]
+    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    trimmed = [(pair, tuple(row[i] for i in kept)) for pair, row in zip(pairs, rows, strict=True)]
+    return tuple(columns[i] for i in kept), trimmed
+
+
+def objectives(numbers: Numbers) -> Table:
+    """Reasoning models at the headline threat: each objective alone, the weakest of them, and the per-sample worst."""
+    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective and c.is_attack]
+    names = list(dict.fromkeys(c.objective for c in single if c.objective))
+    rows = []
+    for model in filter(numbers.reasons, numbers.models):
+        for kind in dict.fromkeys(c.kind for c in single):
+            cells = [numbers.get(model, f"{kind}[{name}]@{numbers.headline}") for name in names]
+            known = [e for e in cells if e is not None and e.n]
+            if len(known) > 1:
+                weakest = max(known, key=lambda e: e.value)
+                worst = numbers.get(model, f"{kind}@{numbers.headline}")
+                rows.append(Row((model, kind), (*cells, weakest, worst)))
+    columns = [*map(Column, names), Column("weakest alone"), Column("worst of all")]
+    title = f"Accuracy under attack at {numbers.headline} by the attack's objective, %"
+    return _table(numbers, "objectives", title, ("model", "attack"), columns, rows)
+
+
+def validity(numbers: Numbers) -> Table:
+    """Per model and condition: answers that could not be read, texts cut off, questions lost."""
+    metrics = ("invalid_rate", "truncated_rate", "error_rate")
+    columns = [Column("n", "count"), Column("invalid"), Column("truncated"), Column("missing")]
+    rows = []
+    for model in numbers.models:
+        for condition in numbers.conditions:
+            cells = tuple(numbers.get(model, condition.name, metric) for metric in metrics)
+            if any(cells):
+                rows.append(Row((model, condition.name), (cells[2], *cells)))
+    return _table(numbers, "validity", "Unreadable and missing answers, %", ("model", "condition"), columns, rows)
+
+
+def _table(
+    numbers: Numbers, name: str, title: str, keys: tuple[str, ...], columns: Iterable[Column], rows: Iterable[Row]
+) -> Table:
+    summary = numbers.summary
+    title = f"{summary['title'] or summary['suite']}: {title}"
+    return Table(name, title, keys, tuple(columns), tuple(rows), summary["data"]["stamp"], tuple(summary["notices"]))
+
+
+def condition_label(name: str) -> str:
+    """`pgd@linf:4/255` as `PGD 4/255`; the norm is named where it is not L∞."""
+    condition = Condition.parse(name)
+    if condition.threat is None:
+        return name
+    kind = condition.kind if condition.kind in ("noise", "worst") else condition.kind.upper()
+    objective = f"[{condition.objective}]" if condition.objective else ""
+    norm, _, eps = condition.threat.partition(":")
+    return f"{kind}{objective} {eps}" if norm == "linf" else f"{kind}{objective} {norm.upper()} {eps}"
+
+
+def estimate_of(row: Mapping[str, Any]) -> Estimate:
+    """The Estimate of one row of `summary["estimates"]`; null is NaN."""
+    value, low, high = (math.nan if row[key] is None else row[key] for key in ("value", "low", "high"))
+    return Estimate(value, low, high, row["n"], row["method"])
