@@ -1,0 +1,59 @@
+# Two commands matter: `make demo` measures the default entries, `make test` runs the tests. Both install what they
+# need into .venv on first use, and need no network after that.
+#
+#   make demo ARGS="--limit 2"                    pass anything on to `safemed-bench run`
+#   make demo PYTHON=python3.12                   another interpreter (3.11 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+SUITE ?= suites/omnimed_pgd.yaml
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TRAIN_ORDER := base sft instruct cot
+
+# One thread per process: two processes of one thread each are faster than one of two threads.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo install test test-slow lint entries clean
+.DEFAULT_GOAL := demo
+
+demo: $(INSTALLED)
+	@$(BIN)/safemed-bench run $(SUITE) $(ARGS)
+	@case "$(ARGS)" in *--output*) ;; *) echo "report folder: reports/$(basename $(notdir $(SUITE)))" ;; esac
+
+install: $(INSTALLED)
+	@:
+
+# Only when a dependency may have changed; the package itself is installed editable.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another one with PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; some minutes on a slow line)" >&2
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+
+test-slow: $(INSTALLED)
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m slow
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# Trains the default entries again, into runs/<name>/entry. Resumes where it was stopped.
+entries: $(INSTALLED)
+	@set -e; for name in $(TRAIN_ORDER); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
+
+# Caches and builds; keeps .venv, runs/ and reports/.
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@find safemed_bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -f $(INSTALLED)
