@@ -23,6 +23,9 @@ class ChatFormat:
 
     def __init__(self, processor: Any, resolution: tuple[int, int]) -> None:
         self.processor, self.tokenizer, self.resolution = processor, processor.tokenizer, resolution
+        bos = self.tokenizer.bos_token
+        # A template that writes the first token itself must not get a second one from the tokenizer (Gemma).
+        self._special = not (bos and self._template("probe", image=True).startswith(bos))
         probe = self.with_processor("probe")
         self.keys = tuple(k for k in TYPE_KEYS if k in probe)
         placeholder = self._template_ids("probe", image=True)
@@ -36,7 +39,7 @@ class ChatFormat:
         """What the real processor gives for one probe image and this text."""
         image = np.zeros((*self.resolution, 3), dtype=np.uint8)
         text = self._template(user_text, image=True)
-        return dict(self.processor(images=[image], text=[text], return_tensors="pt"))
+        return dict(self.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=self._special))
 
     def _ids(self, user_text: str, *, image: bool = True) -> tuple[int, ...]:
         """Token ids of the whole prompt up to where the reply begins."""
@@ -53,7 +56,9 @@ class ChatFormat:
         return str(self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
 
     def _template_ids(self, user_text: str, *, image: bool) -> list[int]:
-        return list(self.tokenizer(self._template(user_text, image=image))["input_ids"])
+        return list(
+            self.tokenizer(self._template(user_text, image=image), add_special_tokens=self._special)["input_ids"]
+        )
 
     def token_types(self, ids: Tensor) -> dict[str, Tensor]:
         """The token-type inputs that the family wants (1 = image token), for any (B, L) ids."""

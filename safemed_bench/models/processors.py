@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+# Not from the top level: some releases hide it there where torchvision is absent, although PIL would do.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 
@@ -40,8 +43,8 @@ def load_processor(path_or_id: str | Path, revision: str | None = None, backend:
     """
     name, options = str(path_or_id), {} if revision is None else {"revision": revision}
     try:
-        processor = _load(name, options)
-        processor.image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **options)
+        image_processor = AutoImageProcessor.from_pretrained(name, backend=backend, **options)
+        processor = _load(name, image_processor, options)
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"cannot load the processor of '{name}': {type(error).__name__}: {reason}") from error
@@ -53,16 +56,22 @@ def load_processor(path_or_id: str | Path, revision: str | None = None, backend:
     return processor
 
 
-def _load(name: str, options: dict[str, Any]) -> ProcessorMixin:
+def _load(name: str, image_processor: Any, options: dict[str, Any]) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(name, **options)
     except (ImportError, OSError):  # no torchvision for the video processor, or no file of its settings
         config = AutoConfig.from_pretrained(name, **options)
         if type(config) not in PROCESSOR_MAPPING:
             raise
-        processor_class: Any = PROCESSOR_MAPPING[type(config)]
-        processor = without_video(processor_class).from_pretrained(name, **options)
+        found: Any = PROCESSOR_MAPPING[type(config)]
+        processor_class = without_video(found)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        parts = {"image_processor": image_processor, "tokenizer": tokenizer}
+        settings, _ = processor_class.get_processor_dict(name, **options)
+        arguments = [parts[attribute] for attribute in processor_class.get_attributes()]
+        processor = processor_class.from_args_and_dict(arguments, settings)
     missing = [part for part in ("image_processor", "tokenizer") if not hasattr(processor, part)]
     if missing:
         raise ValueError(f"it has no {' and no '.join(missing)}, so it is not a vision-language model's")
+    processor.image_processor = image_processor
     return processor

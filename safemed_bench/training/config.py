@@ -21,9 +21,9 @@ class _Model(BaseModel):
 class TaskConfig(_Model):
     """One kind of training example; a batch holds one kind, drawn by weight."""
 
-    kind: Literal["answer", "rationale", "binding"] = Field(
+    kind: Literal["answer", "rationale", "binding", "stated"] = Field(
         description="answer: question -> letter. rationale: question -> <think>rationale</think> letter. "
-        "binding: text only, finding an option's letter from its text, without an image."
+        "binding: text only, the letters of options from their words. stated: text only, the question states the answer."
     )
     prompts: tuple[str, ...] = Field(("instruct",), description="Prompt templates (models/prompts.py), drawn evenly.")
     weight: float = Field(1.0, gt=0, description="Relative share of batches.")

@@ -24,7 +24,7 @@ from .checkpoint import Checkpoints, load_start, save_entry
 from .config import StageConfig, TaskConfig, TrainConfig
 from .data import Corpus, load_corpus, shuffled_options
 from .log import TrainLog
-from .tasks import Example, binding_example, question_example
+from .tasks import Example, binding_example, question_example, stated_example
 from .validate import validate
 
 
@@ -123,8 +123,8 @@ def _update(
     scheduler.step()
     optimizer.zero_grad()
     return {
-        f"loss/{kind}": float(loss),
-        "gradient_norm": float(norm) if norm is not None else 0.0,
+        f"loss/{kind}": float(loss.detach()),
+        "gradient_norm": float(norm),
         "learning_rate": scheduler.get_last_lr()[0],
     }
 
@@ -137,16 +137,17 @@ def _batch(
     tasks = step.stage.tasks
     shares = np.array([t.weight for t in tasks])
     task = tasks[int(rng.choice(len(tasks), p=shares / shares.sum()))]
-    kind = f"{task.kind}_{task.prompts[0]}" if task.kind != "binding" else task.kind
+    size = step.stage.batch_size
     if task.kind == "binding":
-        return kind, [binding_example(vlm, task, corpus.words, rng) for _ in range(step.stage.batch_size)], None
-    rows = rng.integers(len(corpus), size=step.stage.batch_size)
+        return task.kind, [binding_example(vlm, corpus.words, rng) for _ in range(size)], None
+    kind = f"{task.kind}_{task.prompts[0]}"
+    if task.kind == "stated":
+        return kind, [stated_example(vlm, task, corpus.words, rng) for _ in range(size)], None
+    rows = rng.integers(len(corpus), size=size)
     examples = [_example(vlm, corpus, task, int(row), rng) for row in rows]
     return kind, examples, torch.from_numpy(corpus.canvases(rows))
 
 
 def _example(vlm: HuggingFaceVLM, corpus: Corpus, task: TaskConfig, row: int, rng: np.random.Generator) -> Example:
-    old = corpus.questions[row]
-    question = shuffled_options(old, rng)
-    rationale = corpus.rationales[row][:-1] + "ABCD"[question.answer]
-    return question_example(vlm, task, question, rationale, rng)
+    question = shuffled_options(corpus.questions[row], rng)
+    return question_example(vlm, task, question, corpus.rationales[row], rng)

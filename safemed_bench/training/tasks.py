@@ -33,40 +33,43 @@ class Example:
 def question_example(
     model: TextModel, task: TaskConfig, question: Question, rationale: str, rng: np.random.Generator
 ) -> Example:
-    """`answer` and `rationale` tasks: the reply that one of the task's prompts asks for."""
+    """The reply that one of the task's prompts asks for; `rationale` ends with a letter, which is set to the true one."""
     prompt = get_prompt(task.prompts[int(rng.integers(len(task.prompts)))])
     letter = LETTERS[question.answer]
+    rationale = rationale[:-1] + letter
     reply = model.encode(prompt.reply(letter, rationale if prompt.reasons else None))
     spelt = {model.encode(letter), model.encode(f" {letter}")}
     weights = [task.letter_weight if (token,) in spelt else 1.0 for token in reply]
     return Example(prompt.user_text(question), (*reply, model.end_of_turn), (*weights, 1.0))
 
 
-def binding_example(model: TextModel, task: TaskConfig, words: Sequence[str], rng: np.random.Generator) -> Example:
-    """Text alone, so that an option's letter is found from its text before any image is understood.
+QUERIES = 8
 
-    Half of the examples list words as options and name them all in random order, each with its letter after it (only
-    the letters are scored: which word comes next is not to be learnt); half state the answer in the question and reply
-    in the form of one of the task's prompts.
+
+def binding_example(model: TextModel, words: Sequence[str], rng: np.random.Generator) -> Example:
+    """Options of random words; the reply names QUERIES of them, each with its letter after it.
+
+    Words are drawn with replacement, so that a letter cannot be found by elimination. Only the letters are scored:
+    which word comes next is not to be learnt.
     """
-    count = int(rng.integers(2, len(LETTERS) + 1))
-    options = tuple(words[i] for i in rng.choice(len(words), count, replace=False))
-    if rng.random() < 0.5:
-        return _stated(model, task, options, rng)
+    question, _ = _random_question(words, "so", rng)
     reply: list[int] = []
     weights: list[float] = []
-    for i in rng.permutation(count):
-        before, after = model.encode(f" {options[i]}"), model.encode(f" {LETTERS[i]}")
+    for i in rng.integers(len(question.options), size=QUERIES):
+        before, after = model.encode(f" {question.options[i]}"), model.encode(f" {LETTERS[i]}")
         reply += [*before, *after]
         weights += [0.0] * len(before) + [1.0] * len(after)
-    return Example(problem_text(_question("so", options, 0)), tuple(reply), tuple(weights))
+    return Example(problem_text(question), tuple(reply), tuple(weights))
 
 
-def _stated(model: TextModel, task: TaskConfig, options: tuple[str, ...], rng: np.random.Generator) -> Example:
-    answer = int(rng.integers(len(options)))
-    question = _question(f"this image is {options[answer]} . so", options, answer)
-    return question_example(model, task, question, f"so {options[answer]} {LETTERS[answer]}", rng)
+def stated_example(model: TextModel, task: TaskConfig, words: Sequence[str], rng: np.random.Generator) -> Example:
+    """The question states the answer in words; the reply is in the form that one of the task's prompts asks for."""
+    question, answer = _random_question(words, "this image is {} . so", rng)
+    return question_example(model, task, question, f"this image is {answer} . so {answer} X", rng)
 
 
-def _question(stem: str, options: tuple[str, ...], answer: int) -> Question:
-    return Question("", "", "", stem, options, answer, "", "", "", "train")
+def _random_question(words: Sequence[str], stem: str, rng: np.random.Generator) -> tuple[Question, str]:
+    count = int(rng.integers(2, len(LETTERS) + 1))
+    options = tuple(words[i] for i in rng.choice(len(words), count, replace=False))
+    answer = int(rng.integers(count))
+    return Question("", "", "", stem.format(options[answer]), options, answer, "", "", "", "train"), options[answer]

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from math import pi
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from .pen import Pen
+from .pen import Array, Pen
 
 Site = tuple[float, float]
 """Centre of a sign, in body coordinates."""
@@ -17,15 +18,23 @@ def _site(pen: Pen, cu: float, cv: float, ru: float, rv: float) -> Site:
     return pen.near(cu, ru), pen.near(cv, rv)
 
 
+def _vary(pen: Pen, tone: ArrayLike, spread: float) -> NDArray[np.float64]:
+    """A colour near `tone`."""
+    return np.asarray(tone, float) + pen.rng.uniform(-spread, spread, 3)
+
+
+def _flood(pen: Pen, tone: NDArray[np.float64]) -> None:
+    pen.image += tone.astype(np.float32).reshape(3, 1, 1)
+
+
 def liver(pen: Pen) -> Site:
-    s = -1  # the liver stands at the left of the image, as axial slices are shown
     pen.paint(pen.ellipse(0, 0, pen.near(0.92, 0.04), pen.near(0.76, 0.05)), pen.near(0.22, 0.04))
     pen.paint(pen.ellipse(0, 0, 0.84, 0.68), pen.near(0.34, 0.03))
-    pen.paint(pen.ellipse(s * 0.3, -0.06, pen.near(0.50, 0.03), pen.near(0.5, 0.04)), pen.near(0.5, 0.04))
+    pen.paint(pen.ellipse(-0.3, -0.06, pen.near(0.50, 0.03), pen.near(0.5, 0.04)), pen.near(0.5, 0.04))
     pen.paint(pen.ellipse(pen.near(0.48, 0.05), pen.near(-0.2, 0.06), 0.24, 0.24), pen.near(0.2, 0.06))
     pen.paint(pen.ellipse(0.05, 0.5, 0.15, 0.13), pen.near(0.85, 0.08))
     pen.paint(pen.ellipse(0.12, 0.27, 0.07, 0.07), pen.near(0.62, 0.05))
-    return _site(pen, s * 0.33, -0.1, 0.14, 0.14)
+    return _site(pen, -0.33, -0.1, 0.14, 0.14)
 
 
 def lung(pen: Pen) -> Site:
@@ -94,9 +103,7 @@ def femur(pen: Pen) -> Site:
     for s in (-1, 1):
         pen.paint(pen.ellipse(s * 0.27, end * 0.86, 0.32, pen.near(0.28, 0.03)), pen.near(0.62, 0.03))
     for _ in range(4):
-        pen.add(
-            pen.curve(pi / 2 + pen.near(0, 0.1), pen.near(0, 0.25), 0, 0.03), pen.hard.clutter * pen.near(0, 0.5)
-        )
+        pen.add(pen.curve(pi / 2 + pen.near(0, 0.1), pen.near(0, 0.25), 0, 0.03), pen.hard.clutter * pen.near(0, 0.5))
     return _site(pen, 0, -end * 0.25, 0.05, 0.22)
 
 
@@ -126,16 +133,16 @@ def thyroid(pen: Pen) -> Site:
     return _site(pen, pen.side() * 0.46, 0.0, 0.06, 0.1)
 
 
-def _skin(pen: Pen) -> np.ndarray:
+def _skin(pen: Pen) -> NDArray[np.float64]:
     """A skin tone between fair and tanned."""
     fair, tanned = np.array([0.9, 0.7, 0.6]), np.array([0.7, 0.5, 0.38])
     mix = pen.rng.random()
-    return (1 - mix) * fair + mix * tanned + pen.rng.uniform(-0.03, 0.03, 3)
+    return _vary(pen, (1 - mix) * fair + mix * tanned, 0.03)
 
 
 def trunk(pen: Pen) -> Site:
     tone = _skin(pen) - 0.12
-    pen.image += tone.astype(np.float32).reshape(3, 1, 1)
+    _flood(pen, tone)
     pen.add(np.sin(20 * pen.u + 3 * pen.field(6)) * np.sin(20 * pen.v + 3 * pen.field(6)), 0.02)
     if pen.rng.random() < 0.5:
         lens = pen.ellipse(0, 0, 1.15, 1.15)
@@ -148,12 +155,12 @@ def trunk(pen: Pen) -> Site:
 
 def nail(pen: Pen) -> Site:
     tone = _skin(pen)
-    pen.image += (tone - 0.25).astype(np.float32).reshape(3, 1, 1)
+    _flood(pen, tone - 0.25)
     hu, hv = pen.near(0.54, 0.03), pen.near(0.68, 0.04)
     pen.paint(pen.box(0, 0, hu + 0.07, hv + 0.07, 0.34), tone - 0.4)
     plate = pen.box(0, 0, hu, hv, 0.3)
-    pen.paint(plate, np.array([0.78, 0.56, 0.52]) + pen.rng.uniform(-0.04, 0.04, 3))
-    pen.paint(plate * pen.ellipse(0, hv + 0.08, 0.36, 0.28), np.array([0.9, 0.78, 0.75]))
+    pen.paint(plate, _vary(pen, (0.78, 0.56, 0.52), 0.04))
+    pen.paint(plate * pen.ellipse(0, hv + 0.08, 0.36, 0.28), (0.9, 0.78, 0.75))
     ridges = np.sin(pen.near(30, 4) * pen.u + pen.near(0, pi))
     pen.add(plate * ridges, pen.hard.clutter * 0.15)
     return _site(pen, 0, -0.1, 0.2, 0.2)
@@ -165,7 +172,7 @@ VESSEL = np.array([-0.9, -0.7, -0.3])
 
 def _retina(pen: Pen) -> None:
     radius = pen.near(0.96, 0.03)
-    tone = np.array([0.72, 0.40, 0.2]) + pen.rng.uniform(-0.05, 0.05, 3)
+    tone = _vary(pen, (0.72, 0.40, 0.2), 0.05)
     pen.paint(pen.ellipse(0, 0, radius, radius), tone)
 
 
@@ -176,7 +183,7 @@ def macula(pen: Pen) -> Site:
     for bend, offset in ((0.5, -0.62), (-0.5, 0.62)):
         vessel = pen.curve(pen.near(0, 0.1), pen.near(offset, 0.05), pen.near(bend, 0.15), pen.near(0.06, 0.01))
         pen.add(vessel * field, VESSEL * pen.hard.clutter * 1.3)
-    pen.paint(pen.ellipse(s * 0.82, 0, 0.16, 0.2) * field, np.array([0.95, 0.8, 0.5]))
+    pen.paint(pen.ellipse(s * 0.82, 0, 0.16, 0.2) * field, (0.95, 0.8, 0.5))
     glow = np.exp(-(pen.u**2 + pen.v**2) / np.float32(0.03))
     pen.add(glow, VESSEL * pen.hard.clutter * 0.8)
     return _site(pen, -s * 0.1, 0, 0.2, 0.22)
@@ -186,15 +193,15 @@ def disc(pen: Pen) -> Site:
     _retina(pen)
     field = pen.ellipse(0, 0, 0.93, 0.93)
     centre = pen.near(0, 0.08)
-    pen.paint(pen.ellipse(centre, 0, pen.near(0.27, 0.02), pen.near(0.3, 0.02)), np.array([0.93, 0.74, 0.45]))
-    pen.paint(pen.ellipse(centre, 0, 0.12, 0.13), np.array([0.98, 0.9, 0.7]))
+    pen.paint(pen.ellipse(centre, 0, pen.near(0.27, 0.02), pen.near(0.3, 0.02)), (0.93, 0.74, 0.45))
+    pen.paint(pen.ellipse(centre, 0, 0.12, 0.13), (0.98, 0.9, 0.7))
     for bend, angle in ((0.6, 1.35), (-0.6, 1.75)):
         vessel = pen.curve(pen.near(angle, 0.1), -centre, pen.near(bend, 0.2), pen.near(0.07, 0.01))
         pen.add(vessel * field, VESSEL * pen.hard.clutter * 1.3)
     return _site(pen, centre + pen.side() * 0.55, 0, 0.05, 0.25)
 
 
-def _layers(pen: Pen, depth: np.ndarray, levels: tuple[tuple[float, float, float], ...]) -> None:
+def _layers(pen: Pen, depth: Array, levels: tuple[tuple[float, float, float], ...]) -> None:
     """Bands (from, to, level) of a depth coordinate."""
     for top, bottom, level in levels:
         middle, half = (top + bottom) / 2, (bottom - top) / 2
@@ -230,12 +237,14 @@ STAIN = np.array([-0.6, -1.0, -0.35])
 """What stain takes from white light: it leaves purple."""
 
 
+QUARTERS = (-0.75, -0.25, 0.25, 0.75)
+
+
 def blood(pen: Pen) -> Site:
-    pen.image += (np.array([0.86, 0.82, 0.86]) + pen.rng.uniform(-0.03, 0.03, 3)).astype(np.float32).reshape(3, 1, 1)
-    red = np.array([0.84, 0.62, 0.66]) + pen.rng.uniform(-0.03, 0.03, 3)
-    for gu, gv in pen.rng.permutation([(a, b) for a in (-0.75, -0.25, 0.25, 0.75) for b in (-0.75, -0.25, 0.25, 0.75)])[
-        : int(pen.rng.integers(8, 14))
-    ]:
+    _flood(pen, _vary(pen, (0.86, 0.82, 0.86), 0.03))
+    red = _vary(pen, (0.84, 0.62, 0.66), 0.03)
+    places = [(gu, gv) for gu in QUARTERS for gv in QUARTERS]
+    for gu, gv in pen.rng.permutation(places)[: int(pen.rng.integers(8, 14))]:
         cu, cv, r = pen.near(gu, 0.08), pen.near(gv, 0.08), pen.near(0.2, 0.03)
         pen.paint(pen.ellipse(cu, cv, r, r), red, 0.9)
         pen.add(pen.ellipse(cu, cv, r * 0.4, r * 0.4), 0.05)
@@ -243,7 +252,7 @@ def blood(pen: Pen) -> Site:
 
 
 def colon(pen: Pen) -> Site:
-    pen.image += (np.array([0.74, 0.46, 0.62]) + pen.rng.uniform(-0.04, 0.04, 3)).astype(np.float32).reshape(3, 1, 1)
+    _flood(pen, _vary(pen, (0.74, 0.46, 0.62), 0.04))
     fibres = np.sin(18 * pen.v + 5 * pen.field(4))
     pen.add(fibres, 0.02)
     for gu in (-0.66, 0.0, 0.66):

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import cos, pi, sin
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .spec import Difficulty
 
-Array = NDArray[np.float32]
-Level = float | Sequence[float]
+Array = NDArray[np.floating[Any]]
+"""float32 throughout; numpy's own annotations cannot say so."""
+Level = float | Sequence[float] | NDArray[np.float64]
 
 
 @lru_cache(maxsize=8)

@@ -64,7 +64,7 @@ def generate_arrays(
     check_split(split)
     images = np.empty((n, spec.size, spec.size, 3), np.uint8)
     at = 0
-    with _pool(workers) as pool:
+    with _pool(workers, n) as pool:
         for block in pool(partial(_render_block, spec, split), _blocks(n)):
             images[at : at + len(block)] = block
             at += len(block)
@@ -76,8 +76,8 @@ def index_of(record: dict[str, Any]) -> int:
     return int(Path(record["image_path"]).stem)
 
 
-def _blocks(count: int) -> list[range]:
-    return [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+def _blocks(n: int) -> list[range]:
+    return [range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
 
 
 def _render_block(spec: PhantomSpec, split: str, indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -92,7 +92,7 @@ def _write_images(
             (root / "Images" / f"Phantom-{modality.name}" / split).mkdir(parents=True, exist_ok=True)
     total, done = sum(spec.count(split) for split in splits), 0
     blocks = [(split, block) for split in splits for block in _blocks(spec.count(split))]
-    with _pool(workers) as pool:
+    with _pool(workers, total) as pool:
         for count in pool(partial(_write_block, root, spec), blocks):
             done += count
             if progress is not None:
@@ -153,11 +153,16 @@ def _write_whole(path: Path, text: str) -> None:
     partial_path.replace(path)
 
 
+def _cpus() -> int:
+    """Processors this process may use; the affinity mask is not known on every system."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
-def _pool(workers: int | None) -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` over worker processes, or the plain one where one worker is enough."""
-    count = workers if workers is not None else len(os.sched_getaffinity(0))
-    if count <= 1:
+def _pool(workers: int | None, images: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` over worker processes, or the plain one where there is little to do."""
+    count = workers if workers is not None else _cpus()
+    if count <= 1 or images <= 4 * CHUNK:
         yield map
         return
     executor: Executor = ProcessPoolExecutor(count)

@@ -90,7 +90,7 @@ class PhantomSpec:
         hardness = values.pop("difficulty", None) or {}
         if isinstance(hardness, Mapping):
             _check_keys(hardness, Difficulty, "phantom.difficulty")
-            pairs = {k: tuple(v) if isinstance(v, list) else v for k, v in hardness.items()}
+            pairs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in hardness.items()}
             hardness = Difficulty(**pairs)
         _check_keys(values, cls, "phantom")
         return cls(**values, difficulty=hardness)
