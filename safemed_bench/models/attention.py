@@ -27,7 +27,7 @@ def packed_sdpa(
     dropout: float = 0.0,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, None]:
     """Bidirectional attention within each packed sequence.
 
@@ -35,7 +35,7 @@ def packed_sdpa(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(f"{NAME} is for packed vision sequences only")
-    _, heads, total, width = query.shape
+    heads, total, width = query.shape[1:]
     lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
     if all(n == max_length_q for n in lengths):
         shape = (heads, len(lengths), max_length_q, width)
@@ -55,7 +55,7 @@ AttentionInterface.register(NAME, packed_sdpa)
 
 def use_packed_vision_attention(model: nn.Module) -> bool:
     """Switch the vision towers that pack their images to `packed_sdpa`; False where the model has none."""
-    towers = [
+    towers: list[Any] = [
         m
         for m in model.modules()
         if type(m).__name__ in {"Qwen2VisionTransformerPretrainedModel", "Qwen2_5_VisionTransformerPretrainedModel"}

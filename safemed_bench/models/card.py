@@ -13,6 +13,8 @@ from ..core import registry
 from ..core.errors import ModelError
 from .prompts import get_prompt
 
+Decode = Literal["logprob", "generate"]
+
 ENTRY_FILE = "entry.json"
 EXTRACTION_VERSION = 1
 
@@ -24,7 +26,7 @@ class Spec(Protocol):
     path: str | None
     revision: str | None
     prompt: str | None
-    decode: Literal["logprob", "generate"] | None
+    decode: Decode | None
     max_new_tokens: int | None
     dtype: str | None
     adapter: str | None
@@ -41,7 +43,7 @@ class ModelCard:
     name: str
     path: str
     prompt: str
-    decode: Literal["logprob", "generate"]
+    decode: Decode
     max_new_tokens: int
     reasons: bool
     fingerprint: str
@@ -69,12 +71,15 @@ def _registered(spec: Spec) -> ModelCard:
     if isinstance(item, str | Path):
         return card_from_folder(spec.name, Path(item), spec)
     reasons = bool(getattr(item, "reasons", False))
+    prompt: str = spec.prompt or str(getattr(item, "prompt", "instruct"))
+    own: Decode = getattr(item, "decode", None) or ("generate" if reasons else "logprob")
+    decode: Decode = spec.decode or own
     source = f"{getattr(item, '__module__', '')}.{getattr(item, '__qualname__', spec.name)}"
     return ModelCard(
         name=spec.name,
         path="",
-        prompt=spec.prompt or getattr(item, "prompt", "instruct"),
-        decode=spec.decode or getattr(item, "decode", "generate" if reasons else "logprob"),
+        prompt=prompt,
+        decode=decode,
         max_new_tokens=spec.max_new_tokens or 256,
         reasons=reasons,
         fingerprint=str(getattr(item, "fingerprint", "") or _digest(source.encode())),

@@ -27,7 +27,7 @@ from .chat import ChatFormat
 from .pixels import PixelMap, image_processor_call
 from .processors import LOAD_ERRORS, load_processor
 from .prompts import get_prompt
-from .selfcheck import self_check
+from .selfcheck import probe_batch, self_check
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -53,7 +53,7 @@ class HuggingFaceVLM:
         self._process = image_processor_call(processor)
         self.pixel_map = PixelMap.probe(self._process, resolution).to(self.device)
         self.chat = ChatFormat(processor, resolution)
-        self._mrope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+        self._mrope: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         self._head_on_slice = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._end_ids = _end_ids(model, self.tokenizer)
         use_packed_vision_attention(model)
@@ -79,7 +79,9 @@ class HuggingFaceVLM:
         if card.adapter:
             model = _with_adapter(model, card.adapter)
         model.eval().requires_grad_(False)
-        return cls(model, load_processor(card.path), card, resolution, device=device)
+        vlm = cls(model, load_processor(card.path), card, resolution, device=device)
+        self_check(vlm, probe_batch(vlm))
+        return vlm
 
     # -- text ----------------------------------------------------------------------------------------------------
 

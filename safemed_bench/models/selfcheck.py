@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ModelError
+from ..core.types import Question
 from .base import Batch
 
 if TYPE_CHECKING:
@@ -18,6 +19,15 @@ BATCH_TOLERANCE = {torch.float32: 1e-4}
 GRADIENT_TOLERANCE = {torch.float32: 0.05}
 LOW_PRECISION = 0.25
 """Half-precision forward passes carry errors of this order in log-probabilities and relative finite differences."""
+
+
+def probe_batch(model: HuggingFaceVLM) -> Batch:
+    """Three made-up questions of two to four options, on images of noise: enough for every check."""
+    options = ("cyst", "normal", "haemorrhage", "no abnormality, as far as seen")
+    questions = [Question(f"probe-{k}", "", "", "What is shown?", options[:k], 0, "", "", "", "") for k in (2, 3, 4)]
+    draw = torch.Generator().manual_seed(0)
+    canvas = torch.randint(0, 256, (3, 3, *model.resolution), generator=draw, dtype=torch.uint8)
+    return model.prepare(questions, canvas)
 
 
 def self_check(model: HuggingFaceVLM, batch: Batch) -> dict[str, Any]:

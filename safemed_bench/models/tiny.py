@@ -110,7 +110,7 @@ def build(
 ) -> tuple[Qwen3VLForConditionalGeneration, Any]:
     """A randomly initialised model and its processor. `hidden` must be a multiple of 32, `resolution` of 2 * patch."""
     tokenizer = build_tokenizer(words)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, END, *VISION)}
+    ids = {token: tokenizer.get_vocab()[token] for token in (PAD, END, *VISION)}
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=patch,
         merge_size=2,

@@ -129,7 +129,8 @@ def save_entry(vlm: HuggingFaceVLM, config: TrainConfig) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     weights = {k: v.to(getattr(torch, config.export_dtype)) for k, v in vlm.model.state_dict().items()}
-    vlm.model.save_pretrained(scratch, state_dict=weights)
+    model: Any = vlm.model
+    model.save_pretrained(scratch, state_dict=weights)
     vlm.processor.save_pretrained(scratch)
     entry = {
         "prompt": vlm.card.prompt,

@@ -23,10 +23,10 @@ class TaskConfig(_Model):
 
     kind: Literal["answer", "rationale", "binding", "stated"] = Field(
         description="answer: question -> letter. rationale: question -> <think>rationale</think> letter. "
-        "binding: text only, the letters of options from their words. stated: text only, the question states the answer."
+        "binding: text only, letters of options from their words. stated: text only, the question tells the answer."
     )
-    prompts: tuple[str, ...] = Field(("instruct",), description="Prompt templates (models/prompts.py), drawn evenly.")
-    weight: float = Field(1.0, gt=0, description="Relative share of batches.")
+    prompts: tuple[str, ...] = Field(default=("instruct",), description="Prompt templates (models/prompts.py).")
+    weight: float = Field(default=1.0, gt=0, description="Relative share of batches.")
     letter_weight: float = Field(
         1.0, gt=0, description="Loss weight of the tokens that name the option's letter; others have 1."
     )
@@ -46,51 +46,51 @@ class StageConfig(_Model):
     name: str = Field(description="Name in logs and checkpoints.")
     tasks: tuple[TaskConfig, ...] = Field(min_length=1, description="Mixture of tasks.")
     steps: int = Field(gt=0, description="Optimiser steps.")
-    batch_size: int = Field(64, gt=0, description="Examples per step over all processes.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak of AdamW's learning rate (linear warm-up, cosine to 0).")
-    warmup: int = Field(50, ge=0, description="Warm-up steps.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay (arXiv 1711.05101).")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
+    batch_size: int = Field(default=64, gt=0, description="Examples per step over all processes.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="AdamW's peak rate; linear warm-up, cosine to 0.")
+    warmup: int = Field(default=50, ge=0, description="Warm-up steps.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay (arXiv 1711.05101).")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient norm is clipped to this.")
 
 
 class DataConfig(_Model):
     """Training data; the same loader as the benchmark's, on its train and validation splits."""
 
-    name: Literal["phantom", "omnimedvqa"] = Field("phantom", description="phantom: generated; omnimedvqa: a folder.")
-    root: Path | None = Field(None, description="OmniMedVQA folder, for omnimedvqa.")
-    scheme: str = Field("auto", description="Split scheme (datasets/splits.py).")
-    images: int = Field(60_000, gt=0, description="Training images to generate (phantom).")
-    resolution: int = Field(64, gt=0, description="Side of the square canvas, pixels.")
-    fit: Literal["pad", "stretch"] = Field("pad", description="How an image is brought onto the canvas.")
+    name: Literal["phantom", "omnimedvqa"] = Field(default="phantom", description="Generated images, or a folder.")
+    root: Path | None = Field(default=None, description="OmniMedVQA folder, for omnimedvqa.")
+    scheme: str = Field(default="auto", description="Split scheme (datasets/splits.py).")
+    images: int = Field(default=60_000, gt=0, description="Training images to generate (phantom).")
+    resolution: int = Field(default=64, gt=0, description="Side of the square canvas, pixels.")
+    fit: Literal["pad", "stretch"] = Field(default="pad", description="How an image is brought onto the canvas.")
     phantom: dict[str, Any] = Field(default_factory=dict, description="Phantom parameters: seed, difficulty.")
-    augment: bool = Field(False, description="Random flips and small shifts of training images.")
+    augment: bool = Field(default=False, description="Random flips and small shifts of training images.")
 
 
 class TrainConfig(_Model):
     """A training run. `safemed-bench train FILE` reads this."""
 
     name: str = Field(description="Entry name; also the default output folder under runs/.")
-    description: str = Field("", description="One line for the model card.")
+    description: str = Field(default="", description="One line for the model card.")
     init: str = Field(
         "tiny", description="'tiny' for random weights, else an entry name or model folder to start from."
     )
     architecture: dict[str, Any] = Field(default_factory=dict, description="Sizes for init 'tiny' (models/tiny.py).")
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="Training data.")
     stages: tuple[StageConfig, ...] = Field(min_length=1, description="Run in order.")
-    prompt: str = Field("instruct", description="Prompt the finished entry is deployed with.")
+    prompt: str = Field(default="instruct", description="Prompt the finished entry is deployed with.")
     decode: Literal["logprob", "generate"] | None = Field(
         None, description="How its verdict is read; default by prompt."
     )
-    max_new_tokens: int = Field(64, gt=0, description="Generation limit of the finished entry, tokens.")
-    seed: int = Field(0, ge=0, description="Seed of weights, batches and tasks.")
+    max_new_tokens: int = Field(default=64, gt=0, description="Generation limit of the finished entry, tokens.")
+    seed: int = Field(default=0, ge=0, description="Seed of weights, batches and tasks.")
     output: Path | None = Field(
         None, description="Folder of checkpoints and of the finished entry (default runs/NAME)."
     )
-    log_every: int = Field(50, gt=0, description="Steps between lines in metrics.jsonl.")
-    eval_every: int = Field(500, gt=0, description="Steps between validations.")
-    eval_questions: int = Field(200, ge=0, description="Validation questions, stratified; 0 for none.")
-    save_every: int = Field(500, gt=0, description="Steps between checkpoints (the last two are kept).")
-    export_dtype: Literal["float16", "float32"] = Field("float16", description="Dtype of the saved entry's weights.")
+    log_every: int = Field(default=50, gt=0, description="Steps between lines in metrics.jsonl.")
+    eval_every: int = Field(default=500, gt=0, description="Steps between validations.")
+    eval_questions: int = Field(default=200, ge=0, description="Validation questions, stratified; 0 for none.")
+    save_every: int = Field(default=500, gt=0, description="Steps between checkpoints (the last two are kept).")
+    export_dtype: Literal["float16", "float32"] = Field(default="float16", description="Dtype of the saved weights.")
 
     @property
     def folder(self) -> Path:

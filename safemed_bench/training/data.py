@@ -125,3 +125,17 @@ def shuffled_options(question: Question, rng: np.random.Generator) -> Question:
     order = rng.permutation(len(question.options))
     options = tuple(question.options[i] for i in order)
     return replace(question, options=options, answer=int(np.flatnonzero(order == question.answer)[0]))
+
+
+def augmented(canvas: NDArray[np.uint8], rng: np.random.Generator, reach: int = 4) -> NDArray[np.uint8]:
+    """Each of the (B, 3, H, W) images flipped left-right with probability 1/2 and shifted by up to `reach` pixels."""
+    out = np.zeros_like(canvas)
+    _, _, height, width = canvas.shape
+    for i, image in enumerate(canvas):
+        if rng.random() < 0.5:
+            image = image[:, :, ::-1]
+        dy, dx = (int(d) for d in rng.integers(-reach, reach + 1, size=2))
+        ys, xs = slice(max(dy, 0), height + min(dy, 0)), slice(max(dx, 0), width + min(dx, 0))
+        yt, xt = slice(max(-dy, 0), height + min(-dy, 0)), slice(max(-dx, 0), width + min(-dx, 0))
+        out[i, :, ys, xs] = image[:, yt, xt]
+    return out

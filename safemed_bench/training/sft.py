@@ -22,7 +22,7 @@ from ..core.seeds import derive_seed
 from ..models.huggingface import HuggingFaceVLM
 from .checkpoint import Checkpoints, load_start, save_entry
 from .config import StageConfig, TaskConfig, TrainConfig
-from .data import Corpus, load_corpus, shuffled_options
+from .data import Corpus, augmented, load_corpus, shuffled_options
 from .log import TrainLog
 from .tasks import Example, binding_example, question_example, stated_example
 from .validate import validate
@@ -145,7 +145,8 @@ def _batch(
         return kind, [stated_example(vlm, task, corpus.words, rng) for _ in range(size)], None
     rows = rng.integers(len(corpus), size=size)
     examples = [_example(vlm, corpus, task, int(row), rng) for row in rows]
-    return kind, examples, torch.from_numpy(corpus.canvases(rows))
+    canvas = corpus.canvases(rows)
+    return kind, examples, torch.from_numpy(augmented(canvas, rng) if config.data.augment else canvas)
 
 
 def _example(vlm: HuggingFaceVLM, corpus: Corpus, task: TaskConfig, row: int, rng: np.random.Generator) -> Example:

@@ -16,7 +16,8 @@ from .config import TaskConfig
 class TextModel(Protocol):
     """What the examples need of a model: its tokens."""
 
-    end_of_turn: int
+    @property
+    def end_of_turn(self) -> int: ...
 
     def encode(self, text: str) -> tuple[int, ...]: ...
 
@@ -33,7 +34,7 @@ class Example:
 def question_example(
     model: TextModel, task: TaskConfig, question: Question, rationale: str, rng: np.random.Generator
 ) -> Example:
-    """The reply that one of the task's prompts asks for; `rationale` ends with a letter, which is set to the true one."""
+    """The reply that one of the task's prompts asks for; the letter that ends `rationale` is set to the true one."""
     prompt = get_prompt(task.prompts[int(rng.integers(len(task.prompts)))])
     letter = LETTERS[question.answer]
     rationale = rationale[:-1] + letter

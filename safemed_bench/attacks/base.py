@@ -1,0 +1,355 @@
+"""The frame of every attack: what an objective and an attack are, and the bookkeeping between them.
+
+An attack sees only a `Pursuit`: the loss, its gradient and the verdict of the deployed path, as functions of a
+perturbation. It knows no model and no text. An objective knows no attack (DESIGN, section 3).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from ..core.types import Answer, ThreatModel
+from ..models.base import Batch, VisionLanguageModel
+from .threat import norms, project, quantize
+
+
+class Reading(NamedTuple):
+    """What an objective says of (B, 3, H, W) pixels, from one forward pass.
+
+    loss: (B,) to be maximised, differentiable. suspects: (B,) bool, where the surrogate holds a wrong answer
+    possible; only these are worth a verdict of the deployed path.
+    """
+
+    loss: Tensor
+    suspects: Tensor
+
+
+class Prepared(ABC):
+    """An objective tied to a batch: the clean rationale is tokenised, slots are found, and so on.
+
+    extra: one dict per question with what the record should tell.
+    """
+
+    extra: tuple[dict[str, Any], ...] = ()
+
+    @abstractmethod
+    def __call__(self, pixels: Tensor) -> Reading: ...
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> Prepared:
+        """The same for the questions at `rows` (long)."""
+
+
+class Objective(ABC):
+    """What an attack maximises. `prepare` is given questions that the model answers rightly, and these answers."""
+
+    name: ClassVar[str]
+    reasoning_only: ClassVar[bool] = False
+
+    @abstractmethod
+    def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared: ...
+
+
+Verdict = Callable[[Tensor, Tensor], list[Answer]]
+"""(rows, uint8 images of these rows) to the answers of the deployed path."""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack gave for a batch of B questions; all tensors are on the CPU.
+
+    adversarial: (B, 3, H, W) uint8, inside the ball; the clean canvas where nothing was attacked.
+    attacked: (B,) bool, answered rightly on the clean image. success: (B,) bool, attacked and then answered wrongly
+    by the deployed path on `adversarial`. answers: that path's answer on `adversarial`, the clean one if not
+    attacked. steps: (B,) gradient steps. loss_trace: (B, T) loss of each iterate over all restarts, NaN where there
+    was none. forwards, backwards: (B,) passes through the objective. verdicts: (B,) calls of the deployed path.
+    linf, l2: (B,) float64 norms of the 8-bit perturbation, [0, 1] pixel scale.
+    start_loss: (B,) loss of the first iterate. final_loss: (B,) loss of the iterate behind `adversarial`. NaN if
+    not attacked. dead_gradients: (B,) steps whose gradient was all zero or not finite.
+    extra: per question, the objective's notes and `suspected`, the first iterate that the surrogate held for wrong.
+    """
+
+    adversarial: Tensor
+    attacked: Tensor
+    success: Tensor
+    answers: tuple[Answer, ...]
+    steps: Tensor
+    loss_trace: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    verdicts: Tensor
+    linf: Tensor
+    l2: Tensor
+    start_loss: Tensor
+    final_loss: Tensor
+    dead_gradients: Tensor
+    extra: tuple[dict[str, Any], ...]
+
+    def trace(self, index: int) -> tuple[float, ...]:
+        """The losses of one question, without the gaps."""
+        row = self.loss_trace[index]
+        return tuple(row[~row.isnan()].tolist())
+
+
+class Pursuit:
+    """One attack on one batch: counts passes, keeps each question's best iterate, remembers verified successes.
+
+    `rows` are always positions in the batch (long, on the pixels' device) and `delta` the perturbations of these
+    rows. `targets` are the true options; `costly` says that a verdict costs as much as a few steps. Without a
+    verdict (the trainer's inner maximisation) nothing ever counts as a success.
+    """
+
+    def __init__(
+        self,
+        objective: Prepared,
+        clean: Tensor,
+        canvas: Tensor,
+        threat: ThreatModel,
+        generators: Sequence[torch.Generator],
+        verdict: Verdict | None = None,
+        targets: Sequence[int] = (),
+        *,
+        costly: bool = False,
+    ) -> None:
+        self.clean, self.canvas, self.threat = clean, canvas, threat
+        self.generators, self.costly = tuple(generators), costly
+        self._objective, self._verdict, self._targets = objective, verdict, tuple(targets)
+        self._active: tuple[Tensor, Prepared] = (self.rows(), objective)
+        count, on = len(clean), clean.device
+        self.success = torch.zeros(count, dtype=torch.bool, device=on)
+        self.answers: list[Answer | None] = [None] * count
+        self.images = canvas.clone()
+        self.final_loss = torch.full((count,), -torch.inf, device=on)
+        self.start_loss = torch.full((count,), torch.nan, device=on)
+        self.best_loss = torch.full((count,), -torch.inf, device=on)
+        self.best_delta = torch.zeros_like(clean)
+        self.peak_delta = torch.zeros_like(clean)
+        self.trace: list[Tensor] = []
+        zeros = torch.zeros(4, count, dtype=torch.long, device=on)
+        self.forwards, self.backwards, self.verdicts, self.dead = zeros.unbind()
+        self.suspected = torch.full((count,), -1, dtype=torch.long, device=on)
+
+    @property
+    def judged(self) -> bool:
+        return self._verdict is not None
+
+    def rows(self) -> Tensor:
+        """All rows."""
+        return torch.arange(len(self.clean), device=self.clean.device)
+
+    def survivors(self) -> Tensor:
+        """Rows without a verified success."""
+        return (~self.success).nonzero().flatten()
+
+    def begin(self, rows: Tensor) -> None:
+        """A new restart: forget the best iterate of the last one."""
+        self.best_loss[rows] = -torch.inf
+        self.best_delta[rows] = 0.0
+
+    def read(self, rows: Tensor, delta: Tensor, *, gradient: bool = True) -> tuple[Reading, Tensor]:
+        """Loss and suspects (detached) at `delta` and the loss gradient (else zeros), from one forward pass."""
+        pixels = (self.clean[rows] + delta).detach().requires_grad_(gradient)
+        slope = torch.zeros_like(delta)
+        with torch.set_grad_enabled(gradient):  # whatever the caller has set
+            loss, suspects = self._at(rows)(pixels)
+            if gradient:
+                (slope,) = torch.autograd.grad(loss.sum(), pixels)
+                slope = self._repaired(rows, slope)
+        reading = Reading(loss.detach().float(), suspects.detach())
+        self._note(rows, reading, gradient)
+        return reading, slope
+
+    def _at(self, rows: Tensor) -> Prepared:
+        held, prepared = self._active
+        if not torch.equal(held, rows):
+            prepared = self._objective.select(rows)
+            self._active = (rows, prepared)
+        return prepared
+
+    def _repaired(self, rows: Tensor, slope: Tensor) -> Tensor:
+        """A gradient that is not finite becomes zero, is counted, and moves nothing."""
+        finite = slope.isfinite().flatten(1).all(dim=1)
+        slope = torch.where(finite.view(-1, 1, 1, 1), slope, 0.0)
+        self.dead[rows] += (slope.flatten(1) == 0).all(dim=1).long()
+        return slope
+
+    def _note(self, rows: Tensor, reading: Reading, gradient: bool) -> None:
+        self.start_loss[rows] = torch.where(self.forwards[rows] == 0, reading.loss, self.start_loss[rows])
+        self.forwards[rows] += 1
+        self.backwards[rows] += int(gradient)
+        column = torch.full_like(self.start_loss, torch.nan)
+        column[rows] = reading.loss
+        first = reading.suspects & (self.suspected[rows] < 0)
+        self.suspected[rows] = torch.where(first, len(self.trace), self.suspected[rows])
+        self.trace.append(column)
+
+    def keep(self, rows: Tensor, delta: Tensor, loss: Tensor, *, always: bool = False) -> None:
+        """Hold `delta` as the rows' candidate where its loss beats the candidate's (or always)."""
+        better = torch.full_like(loss, always, dtype=torch.bool) | (loss > self.best_loss[rows])
+        self.best_loss[rows[better]] = loss[better]
+        self.best_delta[rows[better]] = delta[better]
+
+    def verify(self, rows: Tensor, delta: Tensor, loss: Tensor) -> None:
+        """The deployed path's verdict on the 8-bit images of `delta`.
+
+        A wrong answer is a success and settles the row for good. Otherwise the image becomes the row's result if
+        its loss is above that of the result so far.
+        """
+        open_rows = ~self.success[rows]
+        rows, delta, loss = rows[open_rows], delta[open_rows], loss[open_rows]
+        if self._verdict is None or not len(rows):
+            return
+        images = quantize(self.threat, self.canvas[rows], self.clean[rows] + delta)
+        answers = self._verdict(rows, images)
+        self.verdicts[rows] += 1
+        for place, row in enumerate(rows.tolist()):
+            fooled = answers[place].index != self._targets[row]
+            if fooled or self.answers[row] is None or loss[place] > self.final_loss[row]:
+                self.answers[row], self.images[row] = answers[place], images[place]
+                self.final_loss[row], self.success[row] = loss[place], fooled
+
+    def settle(self, rows: Tensor) -> None:
+        """The end of a restart: verdict on the rows' candidates; without one, the best so far is held."""
+        if self.judged:
+            return self.verify(rows, self.best_delta[rows], self.best_loss[rows])
+        higher = rows[self.best_loss[rows] > self.final_loss[rows]]
+        self.final_loss[higher], self.peak_delta[higher] = self.best_loss[higher], self.best_delta[higher]
+
+
+class Attack(ABC):
+    """How an objective is maximised inside a threat model. A subclass writes one hook, `perturb`."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def perturb(self, pursuit: Pursuit) -> None:
+        """Climb: `read` losses and gradients, `keep` candidates, `verify` or `settle` them, all through
+        `pursuit`."""
+
+    @final
+    def __call__(
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        objective: Objective,
+        threat: ThreatModel,
+        *,
+        generators: Sequence[torch.Generator],
+        clean_answers: Sequence[Answer],
+    ) -> AttackResult:
+        """Attack the questions that are answered rightly; the others come back as they are, with 0 steps.
+
+        generators: one CPU generator per question, so that a draw does not depend on the batch. clean_answers: the
+        deployed path on the clean canvas. The model's parameters are frozen meanwhile.
+        """
+        if not len(batch) == len(generators) == len(clean_answers):
+            raise ValueError(f"{len(batch)} questions, {len(generators)} generators, {len(clean_answers)} answers")
+        right = [a.index == q.answer for a, q in zip(clean_answers, batch.questions, strict=True)]
+        places = [i for i, is_right in enumerate(right) if is_right]
+        if not places:
+            return _gather(batch, clean_answers, places, None, ())
+        chosen, answers = batch.select(places), [clean_answers[i] for i in places]
+
+        def verdict(rows: Tensor, images: Tensor) -> list[Answer]:
+            return model.answer(chosen.select(rows), images.float() / 255)
+
+        with frozen(model):
+            prepared = objective.prepare(model, chosen, answers)
+            pursuit = Pursuit(
+                prepared,
+                chosen.pixels,
+                chosen.canvas,
+                threat,
+                [generators[i] for i in places],
+                verdict,
+                [q.answer for q in chosen.questions],
+                costly=model.decode == "generate",
+            )
+            self.perturb(pursuit)
+        return _gather(batch, clean_answers, places, pursuit, prepared.extra)
+
+    @final
+    def maximise(
+        self, prepared: Prepared, clean: Tensor, threat: ThreatModel, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """The best (B, 3, H, W) float perturbation, without verdicts and without the 8-bit grid.
+
+        The inner maximisation of adversarial training; every sample takes all steps. `clean` is float in [0, 1].
+        """
+        canvas = (clean * 255).round().to(torch.uint8)
+        pursuit = Pursuit(prepared, clean, canvas, threat, generators)
+        self.perturb(pursuit)
+        return project(threat, pursuit.peak_delta, clean)
+
+
+@contextmanager
+def frozen(model: VisionLanguageModel) -> Iterator[None]:
+    """No parameter of the model asks for a gradient inside; each gets its own setting back at the end."""
+    owners = [model, *getattr(model, "__dict__", {}).values()]
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+
+
+def _gather(
+    batch: Batch,
+    clean_answers: Sequence[Answer],
+    places: Sequence[int],
+    pursuit: Pursuit | None,
+    notes: Sequence[dict[str, Any]],
+) -> AttackResult:
+    """The attacked rows' outcome, put back among the questions that were left alone."""
+    count, canvas, at = len(batch), batch.canvas.cpu(), torch.tensor(places, dtype=torch.long)
+
+    def spread(values: Tensor | None, empty: float, like: torch.dtype) -> Tensor:
+        shape = (count, *values.shape[1:]) if values is not None else (count,)
+        full = torch.full(shape, empty, dtype=like)
+        if values is not None:
+            full[at] = values.to("cpu", like)
+        return full
+
+    def of(name: str) -> Tensor | None:
+        return getattr(pursuit, name) if pursuit else None
+
+    adversarial, answers = canvas.clone(), list(clean_answers)
+    extra: list[dict[str, Any]] = [{} for _ in range(count)]
+    trace = torch.empty(count, 0)
+    if pursuit:
+        adversarial[at] = pursuit.images.cpu()
+        trace = spread(torch.stack(pursuit.trace, dim=1) if pursuit.trace else None, torch.nan, torch.float32)
+        for place, answer, suspected in zip(places, pursuit.answers, pursuit.suspected.tolist(), strict=True):
+            answers[place] = answer or answers[place]
+            extra[place] = {"suspected": suspected} if suspected >= 0 else {}
+        for place, note in zip(places, notes, strict=False):
+            extra[place] |= note
+    linf, l2 = norms(canvas, adversarial)
+    return AttackResult(
+        adversarial=adversarial,
+        attacked=spread(torch.ones(len(places)), 0, torch.bool),
+        success=spread(of("success"), 0, torch.bool),
+        answers=tuple(answers),
+        steps=spread(of("backwards"), 0, torch.long),
+        loss_trace=trace,
+        forwards=spread(of("forwards"), 0, torch.long),
+        backwards=spread(of("backwards"), 0, torch.long),
+        verdicts=spread(of("verdicts"), 0, torch.long),
+        linf=linf,
+        l2=l2,
+        start_loss=spread(of("start_loss"), torch.nan, torch.float32),
+        final_loss=spread(of("final_loss"), torch.nan, torch.float32),
+        dead_gradients=spread(of("dead"), 0, torch.long),
+        extra=tuple(extra),
+    )
