@@ -1,0 +1,189 @@
+"""Executes a Plan: deals its chunks to workers and writes what they find into the journal. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from ..core.errors import IncompleteError, ModelError, SafeMedError, UsageError
+from ..core.journal import Journal, disk_full, full_message, read, to_line, write_atomic
+from . import artefacts
+from .devices import choose_devices
+from .engine import Event, LocalEngine
+from .messages import Done, Fatal, Job, ModelFailed, Note, Ready, Settings
+from .plans import jobs_of
+from .progress import Reporter, Reporting, make_reporter
+from .provenance import RunFile
+from .stop import RunInterruptedError, StopSignals
+
+if TYPE_CHECKING:
+    from ..suite.plan import Plan
+
+RECORDS = "records.jsonl"
+SUITE = "suite.yaml"
+
+__all__ = ["RunInterruptedError", "RunOutcome", "execute"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOutcome:
+    """Units of the plan: all, with a verdict, with an error, without a record; and how long it took."""
+
+    total: int
+    done: int
+    errors: int
+    missing: int
+    seconds: float
+
+
+def execute(
+    plan: Plan,
+    output: Path | str,
+    *,
+    resume: bool = True,
+    retry_errors: bool = False,
+    reporter: Reporter | None = None,
+    workers: int | str | None = None,
+    batch_size: int | str | None = None,
+    device: str | None = None,
+    plugins: Sequence[str | Path] = (),
+) -> RunOutcome:
+    """Measure every unit of `plan` that `output` holds no record of; returns when all are there.
+
+    None takes the suite's own word for `workers`, `batch_size` and `device`; none of the three changes a verdict.
+    resume=False moves an old journal aside first. retry_errors measures units again whose record is an error.
+    Writes suite.yaml, run.json, journal.jsonl, artefacts/ and, at the end, records.jsonl in the order of the plan.
+
+    Raises UsageError where the folder is in use or cannot be written, DataError for a broken journal, IncompleteError
+    (on Ctrl-C its kind RunInterruptedError) where the run had to stop, ModelError where a model could not be loaded
+    (after the cells of all other models). Whatever was measured by then is in the journal.
+    """
+    output, run = Path(output), plan.suite.run
+    size = run.batch_size if batch_size is None else batch_size
+    settings = Settings(
+        folder=output.resolve(),
+        resolution=plan.suite.data.resolution,
+        fit=plan.suite.data.fit,
+        dtype=plan.dtype,
+        batch_size=None if size == "auto" else int(size),
+        plugins=tuple(str(Path(plugin).resolve()) for plugin in plugins),
+    )
+    with _disk_errors(output), Journal(output, resume=resume) as journal:
+        work = Work(plan, journal, reporter or make_reporter(), retry_errors)
+        devices = choose_devices(device or run.device, workers or run.workers, len(work.jobs))
+        return work.run(settings, devices)
+
+
+class Work:
+    """One session of a run: what is left to do, and the loop that does it."""
+
+    def __init__(self, plan: Plan, journal: Journal, reporter: Reporter, retry_errors: bool) -> None:
+        self.plan, self.journal, self.reporter = plan, journal, reporter
+        jobs = jobs_of(plan)
+        self.keys = tuple(unit.key for job in jobs for unit in job.units)
+        settled = {key for key, record in journal.records.items() if not (retry_errors and record.error)}
+        self.settled = settled & set(self.keys)
+        # A chunk is computed whole or not at all: its composition never depends on where a run was cut.
+        self.jobs = tuple(job for job in jobs if any(unit.key not in settled for unit in job.units))
+        self.began = time.monotonic()
+        self.failed_models: dict[str, str] = {}
+
+    def run(self, settings: Settings, devices: Sequence[str]) -> RunOutcome:
+        folder = self.journal.folder
+        _sweep(folder)
+        write_atomic(folder / SUITE, yaml.safe_dump(self.plan.suite.to_dict(), sort_keys=False).encode())
+        run_file = RunFile(folder, self.plan, devices if self.jobs else ())
+        try:
+            with Reporting(self.reporter), StopSignals() as stop:
+                self._announce()
+                if self.jobs:
+                    self._loop(settings, devices, run_file, stop)
+        except BaseException as error:
+            run_file.finish(type(error).__name__)
+            raise
+        self._export()
+        outcome = self.outcome()
+        run_file.finish("complete" if not outcome.missing else "incomplete", units=outcome.total, errors=outcome.errors)
+        if self.failed_models:
+            raise ModelError("\n".join(self.failed_models.values()))
+        return outcome
+
+    def _announce(self) -> None:
+        say, journal = self.reporter.say, self.journal
+        work = sum(job.cost * len(job.units) for job in self.jobs)
+        self.reporter.start(self.plan.suite.name, len(self.keys), len(self.settled), work)
+        if journal.aside:
+            say(f"the old journal was moved to {journal.aside}")
+        if journal.repaired:
+            say(f"the journal ended in a torn line, as after a crash; {journal.repaired} bytes were cut off")
+        if strangers := len(journal.records.keys() - set(self.keys)):
+            say(f"{strangers} records of another plan stay in {journal.path} and are not used")
+
+    def _loop(self, settings: Settings, devices: Sequence[str], run_file: RunFile, stop: StopSignals) -> None:
+        with LocalEngine(settings, devices) as engine:
+            for event in engine.run(self.jobs):
+                self._take(event, run_file)
+                self.reporter.tick()
+                if stop.received:
+                    raise stop.error(self.journal.folder, len(self.settled), len(self.keys))
+
+    def _take(self, event: Event, run_file: RunFile) -> None:
+        match event:
+            case Done(job=job, records=records):
+                self.journal.append(records)
+                self._settle(job, sum(bool(r.error) for r in records))
+            case Ready(hardware=hardware):
+                run_file.met(hardware)
+            case Note(text=text):
+                self.reporter.say(text)
+            case ModelFailed(model=name, error=error):
+                self.failed_models[name] = error
+                self.reporter.say(f"{error}; its cells are left out")
+            case Fatal(disk_full=True):
+                raise IncompleteError(full_message(self.journal.folder, len(self.journal.records)))
+            case Fatal(error=error):
+                raise SafeMedError(error)
+
+    def _settle(self, job: Job, errors: int) -> None:
+        new = {unit.key for unit in job.units} - self.settled
+        self.settled |= new
+        self.reporter.advance(job.cell, len(new), errors, job.cost * len(job.units))
+
+    def _export(self) -> None:
+        """records.jsonl: the records of this plan in its own order, which no timing can change."""
+        records = self.journal.records
+        lines = b"".join(to_line(records[key]) for key in self.keys if key in records)
+        write_atomic(self.journal.folder / RECORDS, lines)
+
+    def outcome(self) -> RunOutcome:
+        found = [self.journal.records[key] for key in self.keys if key in self.journal.records]
+        errors = sum(bool(record.error) for record in found)
+        total, seconds = len(self.keys), time.monotonic() - self.began
+        return RunOutcome(total, len(found) - errors, errors, total - len(found), seconds)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the halves of files that a killed run left; the lock says that nobody is writing them."""
+    for leftover in [*folder.glob(".*.tmp"), *(folder / artefacts.FOLDER).glob("*/.*.tmp")]:
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written, in words and with the right exit code."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UsageError(f"cannot write into {folder}: {error}") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UsageError(f"cannot make the folder {folder}: {error}") from error
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise IncompleteError(full_message(folder, len(read(folder).records))) from error

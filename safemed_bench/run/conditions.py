@@ -1,0 +1,247 @@
+"""What a question is asked under: clean, blank, shuffled, noise, attack. One chunk in, its records out.
+
+Imported by worker processes only, since it needs torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attacks import build_attack, build_objective
+from ..attacks.base import AttackResult
+from ..attacks.threat import check, norms, quantize, random_start
+from ..core.errors import DataError
+from ..core.seeds import derive_seed
+from ..core.types import Answer, Question, Record, ThreatModel, Unit
+from ..datasets.images import load_canvas
+from ..models.base import Batch, VisionLanguageModel
+from . import artefacts
+from .batching import BatchSizer
+from .messages import Job, Settings
+
+BLANK_LEVEL = 128
+"""`blank` shows a constant mid-grey image: no data set's black border, no dermoscopy white, just no picture."""
+
+
+@dataclass
+class Bench:
+    """One loaded model at work on jobs.
+
+    Clean answers are kept for the attacks on the same questions. They are computed per chunk position in the same
+    batches every time, so that it makes no difference whether they were kept or are computed again.
+    """
+
+    model: VisionLanguageModel
+    settings: Settings
+    sizer: BatchSizer
+    _clean: dict[tuple[str, ...], list[Answer]] = field(default_factory=dict)
+
+    def run(self, job: Job) -> tuple[Record, ...]:
+        """A record for every unit of `job`, in order. A question whose image cannot be read gives an error record."""
+        began = time.perf_counter()
+        shown, problems = _canvases(job.donors or job.questions, self.settings)
+        if job.donors:
+            problems |= {i: q.image_error for i, q in enumerate(job.questions) if q.image_error}
+        good = [i for i in range(len(job.units)) if i not in problems]
+        records: dict[int, Record] = {i: job.record(i, error=text) for i, text in problems.items()}
+        if good:
+            scene = Scene(job, tuple(good), np.stack([shown[i] for i in good]))
+            records |= dict(zip(good, self._measure(scene), strict=True))
+        seconds = round((time.perf_counter() - began) / len(job.units), 6)
+        return tuple(replace(records[i], seconds=seconds) for i in range(len(job.units)))
+
+    def _measure(self, scene: Scene) -> list[Record]:
+        return self._attack(scene) if scene.job.kind == "attack" else self._ask(scene)
+
+    def _ask(self, scene: Scene) -> list[Record]:
+        """The deployed path on images that nobody optimised."""
+        images = _show(scene)
+        if scene.job.kind == "clean":
+            return [scene.record(k, **_verdict(scene, k, a)) for k, a in enumerate(self.clean_answers(scene))]
+        answers: list[Answer] = []
+        self._batches(
+            scene, scene.job.kind, lambda batch, rows: answers.extend(self.model.answer(batch, batch.pixels)), images
+        )
+        records = []
+        for k, answer in enumerate(answers):
+            values = _verdict(scene, k, answer)
+            if scene.job.kind == "noise":
+                linf, l2 = norms(_tensor(scene.canvas[k : k + 1]), _tensor(images[k : k + 1]))
+                values |= {"linf": float(linf), "l2": float(l2)}
+            if scene.job.donors:
+                values["extra"] = {"donor": scene.job.donors[scene.index[k]].id}
+            records.append(scene.record(k, **values))
+        return records
+
+    def _attack(self, scene: Scene) -> list[Record]:
+        clean = self.clean_answers(scene)
+        attack = build_attack(scene.job.attack, dict(scene.job.params))
+        objective = build_objective(scene.job.objective)
+        results: list[tuple[AttackResult, int]] = []
+
+        def work(batch: Batch, rows: Sequence[int]) -> None:
+            result = attack(
+                self.model,
+                batch,
+                objective,
+                scene.threat,
+                generators=[generator(scene.units[k], "attack") for k in rows],
+                clean_answers=[clean[k] for k in rows],
+            )
+            results.extend((result, place) for place in range(len(rows)))
+
+        self._batches(scene, f"{scene.job.attack}[{scene.job.objective}]", work)
+        return self._judged(scene, clean, results)
+
+    def _judged(
+        self, scene: Scene, clean: Sequence[Answer], results: Sequence[tuple[AttackResult, int]]
+    ) -> list[Record]:
+        """Save the images, read them back, and let only what the file holds count."""
+        job, folder = scene.job, self.settings.folder
+        adversarial = np.stack([result.adversarial[place].numpy() for result, place in results])
+        name = artefacts.artefact_name(job.cell, job.chunk, [u.key for u in scene.units])
+        artefacts.save(folder, name, scene.canvas, adversarial, [q.id for q in scene.questions])
+        deltas = artefacts.read(folder, name)
+        records = []
+        for k, (result, place) in enumerate(results):
+            measured = artefacts.measure(scene.canvas[k], deltas[k], scene.threat)
+            if measured.problem:
+                records.append(scene.record(k, error=measured.problem, artefact=f"{name}#{k}"))
+                continue
+            values = _verdict(scene, k, result.answers[place]) | _effort(result, place)
+            records.append(
+                scene.record(
+                    k,
+                    **values,
+                    clean_correct=clean[k].index == scene.questions[k].answer,
+                    linf=measured.linf,
+                    l2=measured.l2,
+                    artefact=f"{name}#{k}",
+                )
+            )
+        return records
+
+    def clean_answers(self, scene: Scene) -> list[Answer]:
+        """The deployed path on the untouched images, computed once per set of questions."""
+        asked = tuple(q.id for q in scene.questions)
+        if asked not in self._clean:
+            answers: list[Answer] = []
+            self._batches(scene, "clean", lambda batch, rows: answers.extend(self.model.answer(batch, batch.pixels)))
+            self._clean[asked] = answers
+        return self._clean[asked]
+
+    def _batches(
+        self,
+        scene: Scene,
+        kind: str,
+        work: Callable[[Batch, Sequence[int]], None],
+        images: np.ndarray[Any, np.dtype[np.uint8]] | None = None,
+    ) -> None:
+        """`work` on consecutive batches of the scene, as large as memory allows."""
+        shown = scene.canvas if images is None else images
+
+        def one(rows: Sequence[int]) -> None:
+            questions = [scene.questions[k] for k in rows]
+            work(self.model.prepare(questions, _tensor(shown[rows[0] : rows[-1] + 1])), rows)
+
+        self.sizer.map(kind, range(len(scene.units)), one)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The readable questions of a job: `index` their places in it, `canvas` (N, 3, H, W) uint8 as they are shown."""
+
+    job: Job
+    index: tuple[int, ...]
+    canvas: np.ndarray[Any, np.dtype[np.uint8]]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return tuple(self.job.units[i] for i in self.index)
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return tuple(self.job.questions[i] for i in self.index)
+
+    @property
+    def threat(self) -> ThreatModel:
+        if self.job.threat is None:
+            raise ValueError(f"cell {self.job.cell} has no threat model")
+        return self.job.threat
+
+    def record(self, k: int, **values: Any) -> Record:
+        return self.job.record(self.index[k], **values)
+
+
+def generator(unit: Unit, stream: str) -> torch.Generator:
+    """The random stream of one unit for one purpose; on the CPU, so that the device changes no draw."""
+    return torch.Generator().manual_seed(derive_seed(unit.seed, stream))
+
+
+def _canvases(
+    questions: Sequence[Question], settings: Settings
+) -> tuple[dict[int, np.ndarray[Any, np.dtype[np.uint8]]], dict[int, str]]:
+    """Position -> (3, H, W) uint8 canvas, and position -> why there is none."""
+    found: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+    problems: dict[int, str] = {}
+    for i, question in enumerate(questions):
+        if question.image_error:
+            problems[i] = question.image_error
+            continue
+        try:
+            canvas = load_canvas(Path(question.image), settings.resolution, settings.fit)
+        except (DataError, OSError) as error:
+            problems[i] = f"{question.image}: {error}" if question.image not in str(error) else str(error)
+        else:
+            found[i] = np.ascontiguousarray(canvas.transpose(2, 0, 1))
+    return found, problems
+
+
+def _show(scene: Scene) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(N, 3, H, W) uint8: what the model is shown instead of the clean canvas."""
+    if scene.job.kind == "blank":
+        return np.full_like(scene.canvas, BLANK_LEVEL)
+    if scene.job.kind != "noise":
+        return scene.canvas
+    canvas = _tensor(scene.canvas)
+    clean = canvas.float() / 255
+    delta = random_start(scene.threat, clean, [generator(unit, "noise") for unit in scene.units])
+    noisy = quantize(scene.threat, canvas, clean + delta)
+    check(scene.threat, canvas, noisy)
+    return noisy.numpy()
+
+
+def _verdict(scene: Scene, k: int, answer: Answer) -> dict[str, Any]:
+    return {
+        "answer": answer.index,
+        "status": answer.status,
+        "correct": answer.index == scene.questions[k].answer,
+        "text": answer.text,
+        "letter": answer.letter,
+        "option_logprobs": answer.option_logprobs,
+    }
+
+
+def _effort(result: AttackResult, place: int) -> dict[str, Any]:
+    """What the attack did for one question; nothing where the clean answer was wrong already."""
+    dead, verdicts = int(result.dead_gradients[place]), int(result.verdicts[place])
+    extra = dict(result.extra[place]) | ({"dead_gradients": dead} if dead else {})
+    return {
+        "steps": int(result.steps[place]),
+        "loss_trace": result.trace(place),
+        "forwards": int(result.forwards[place]),
+        "backwards": int(result.backwards[place]),
+        "extra": extra | ({"verdicts": verdicts} if verdicts else {}),
+    }
+
+
+def _tensor(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images))

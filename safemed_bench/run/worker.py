@@ -1,0 +1,131 @@
+"""A worker process: takes jobs from a pipe, answers with records. torch is imported inside it, never in the parent."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ..core.errors import SafeMedError
+from ..core.journal import disk_full
+from ..core.registry import load_plugin_file
+from .batching import BatchSizer, is_out_of_memory
+from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready, Settings
+
+LOG = "workers.log"
+
+
+def main(pipe: Connection, settings: Settings, device: str) -> None:
+    """Body of a worker process; returns when the parent closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # with clean-up, unlike the system's default
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        _log_to(settings)
+        hardware = _prepare(device)
+        for plugin in settings.plugins:
+            load_plugin_file(plugin)
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(Fatal(f"a worker cannot start: {_words(error)}"))
+        return
+    pipe.send(Ready(hardware))
+    worker = Worker(pipe, settings, device)
+    try:
+        while True:
+            pipe.send(worker.answer(pipe.recv()))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _die_with_parent() -> None:
+    """A parent that was killed cannot tell its workers; nobody would read what they compute."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _log_to(settings: Settings) -> None:
+    """Whatever libraries print goes to a file in the run folder, not across the progress bar."""
+    log = os.open(settings.folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    os.close(log)
+    faulthandler.enable()
+
+
+def _prepare(device: str) -> dict[str, Any]:
+    """One thread on a CPU core of its own; what the worker runs on."""
+    if device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    hardware: dict[str, Any] = {"device": device, "torch": str(torch.__version__)}
+    if device == "cpu":
+        torch.set_num_threads(1)
+    elif device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        hardware |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return hardware
+
+
+class Worker:
+    """Keeps the model of the last job, so that jobs in the order of models load each of them once."""
+
+    def __init__(self, pipe: Connection, settings: Settings, device: str) -> None:
+        self.pipe, self.settings, self.device = pipe, settings, device
+        self._held: tuple[Any, Any] | None = None
+
+    def answer(self, job: Job) -> Done | Failed | ModelFailed | Fatal:
+        """The outcome of one job. Only a dying process raises."""
+        try:
+            bench = self._bench(job)
+        except Exception as error:
+            if isinstance(error, OSError) and disk_full(error):
+                return Fatal(_words(error), disk_full=True)
+            traceback.print_exc()
+            return ModelFailed(job.model.name, f"{job.model.name}: {_words(error)}")
+        try:
+            return Done(job, bench.run(job))
+        except Exception as error:
+            if isinstance(error, OSError) and disk_full(error):
+                return Fatal(_words(error), disk_full=True)
+            traceback.print_exc()
+            self._forget()
+            return Failed("out of memory at batch size 1" if is_out_of_memory(error) else _words(error))
+
+    def _bench(self, job: Job) -> Any:
+        if self._held is not None and self._held[0] == job.model:
+            return self._held[1]
+        from ..models import load_model
+        from .conditions import Bench
+
+        self._held = None  # the old model goes before the new one comes
+        self._forget()
+        model = load_model(job.model, self.settings.resolution, device=self.device, dtype=self.settings.dtype)
+        sizer = BatchSizer(self.settings.batch_size, self._forget, lambda text: self.pipe.send(Note(text)))
+        self._held = (job.model, Bench(model, self.settings, sizer))
+        return self._held[1]
+
+    def _forget(self) -> None:
+        import torch
+
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def _words(error: BaseException) -> str:
+    """One line for a record or a message; the traceback is in the log."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SafeMedError) and text else f"{type(error).__name__}: {text}"[:500]
