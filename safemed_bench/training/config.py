@@ -21,8 +21,9 @@ class _Model(BaseModel):
 class TaskConfig(_Model):
     """One kind of training example; a batch holds one kind, drawn by weight."""
 
-    kind: Literal["answer", "rationale", "binding", "stated"] = Field(
+    kind: Literal["answer", "rationale", "caption", "binding", "stated"] = Field(
         description="answer: question -> letter. rationale: question -> <think>rationale</think> letter. "
+        "caption: what is to be seen, in words, without a question. "
         "binding: text only, letters of options from their words. stated: text only, the question tells the answer."
     )
     prompts: tuple[str, ...] = Field(default=("instruct",), description="Prompt templates (models/prompts.py).")

@@ -19,10 +19,12 @@ from .config import DataConfig
 
 @dataclass(frozen=True)
 class Corpus:
-    """questions[i] asks about images[image_of[i]] ((n, H, W, 3) uint8); rationales[i] is its chain of thought."""
+    """questions[i] asks about images[image_of[i]] ((n, H, W, 3) uint8); rationales[i] is its chain of thought and
+    captions[i] says what its image shows."""
 
     questions: tuple[Question, ...]
     rationales: tuple[str, ...]
+    captions: tuple[str, ...]
     images: NDArray[np.uint8]
     image_of: NDArray[np.int64]
     words: tuple[str, ...]
@@ -65,6 +67,9 @@ def _phantom(config: DataConfig, split: str, cache: Path) -> Corpus:
     return Corpus(
         questions=tuple(_question(r) for r in records),
         rationales=tuple(rationale(r["facts"], r) for r in records),
+        captions=tuple(
+            rationale(r["facts"], r | {"question_type": "Disease Diagnosis"}).split(" . ")[0] for r in records
+        ),
         images=np.load(name.with_suffix(".npy"), mmap_mode="r"),
         image_of=np.array([index_of(r) for r in records]),
         words=tuple(w for w in WORDS if w.isalpha() and len(w) > 1),
@@ -109,6 +114,7 @@ def _folder(config: DataConfig, split: str) -> Corpus:
     return Corpus(
         questions=questions,
         rationales=tuple(stated_rationale(q) for q in questions),
+        captions=tuple(stated_rationale(q).split(" . ")[0] for q in questions),
         images=images,
         image_of=np.array([row[q.image] for q in questions]),
         words=tuple(w for w in WORDS if w.isalpha() and len(w) > 1),

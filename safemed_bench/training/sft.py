@@ -24,7 +24,7 @@ from .checkpoint import Checkpoints, load_start, save_entry
 from .config import StageConfig, TaskConfig, TrainConfig
 from .data import Corpus, augmented, load_corpus, shuffled_options
 from .log import TrainLog
-from .tasks import Example, binding_example, question_example, stated_example
+from .tasks import Example, binding_example, caption_example, question_example, stated_example
 from .validate import validate
 
 
@@ -144,7 +144,10 @@ def _batch(
     if task.kind == "stated":
         return kind, [stated_example(vlm, task, corpus.words, rng) for _ in range(size)], None
     rows = rng.integers(len(corpus), size=size)
-    examples = [_example(vlm, corpus, task, int(row), rng) for row in rows]
+    if task.kind == "caption":
+        kind, examples = task.kind, [caption_example(vlm, corpus.captions[row]) for row in rows]
+    else:
+        examples = [_example(vlm, corpus, task, int(row), rng) for row in rows]
     canvas = corpus.canvases(rows)
     return kind, examples, torch.from_numpy(augmented(canvas, rng) if config.data.augment else canvas)
 

@@ -44,6 +44,15 @@ def question_example(
     return Example(prompt.user_text(question), (*reply, model.end_of_turn), (*weights, 1.0))
 
 
+CAPTION_REQUEST = "Describe this image."
+
+
+def caption_example(model: TextModel, caption: str) -> Example:
+    """The image in words: the cheapest way to learn to look, for each image shows all its signs at once."""
+    reply = (*model.encode(caption), model.end_of_turn)
+    return Example(CAPTION_REQUEST, reply, (1.0,) * len(reply))
+
+
 QUERIES = 8
 
 

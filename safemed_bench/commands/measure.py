@@ -1,0 +1,191 @@
+"""run, plan, validate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import IncompleteError, ModelError, SuiteError
+from . import output as out
+from .prepare import Request, cards_of, output_of, plan_of, suites_of
+
+if TYPE_CHECKING:
+    from ..suite.plan import Plan
+    from ..suite.schema import Suite
+
+
+def run(
+    references: Sequence[str],
+    request: Request,
+    *,
+    output: str | None,
+    resume: bool,
+    retry_errors: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure every suite in turn. Raises IncompleteError where more is missing than run.fail_on_error allows."""
+    from ..results import render
+    from ..run.progress import make_reporter
+
+    suites = suites_of(references, request)
+    plans = [plan_of(suite, request) for suite in suites]
+    reports: list[dict[str, Any]] = []
+    complaints: list[str] = []
+    for plan in plans:
+        folder = output_of(plan.suite, output, len(plans) > 1)
+        if not quiet:
+            _announce(plan)
+        report, complaint = _measure(plan, folder, request, resume, retry_errors, make_reporter(quiet=quiet))
+        reports.append(report)
+        complaints += [complaint] if complaint else []
+        if not as_json:
+            render(report["summary"], out.results())
+        if not quiet:
+            out.note(f"report folder: {folder}")
+    if as_json:
+        out.print_json({"runs": reports})
+    if complaints:
+        raise IncompleteError("\n".join(complaints))
+
+
+def _announce(plan: Plan) -> None:
+    out.note(f"{plan.suite.name}: {plan.dataset.stamp}, {len(plan.dataset.questions):,} questions")
+    for message in (*plan.notes, *_data_problems(plan)):
+        out.note(f"note: {message}")
+
+
+def _data_problems(plan: Plan, shown: int = 10) -> list[str]:
+    problems = list(map(str, plan.dataset.problems))
+    more = [f"and {len(problems) - shown} more problems in the data; see `data check`"] if len(problems) > shown else []
+    return problems[:shown] + more
+
+
+def _measure(
+    plan: Plan, folder: Path, request: Request, resume: bool, retry_errors: bool, reporter: Any
+) -> tuple[dict[str, Any], str]:
+    """One suite's report and, where too much is missing, what to say about it."""
+    from ..results import summarise
+    from ..run import execute
+
+    try:
+        outcome = execute(
+            plan, folder, resume=resume, retry_errors=retry_errors, reporter=reporter, plugins=request.plugins
+        )
+    except ModelError:
+        if (folder / "records.jsonl").is_file() and (folder / "records.jsonl").stat().st_size:
+            summarise(folder)  # the other models were measured; what there is belongs on disk
+        raise
+    report = {"suite": plan.suite.name, "output": str(folder), "outcome": asdict(outcome), "summary": summarise(folder)}
+    lost, allowed = outcome.errors + outcome.missing, plan.suite.run.fail_on_error
+    if lost <= allowed * outcome.total:
+        return report, ""
+    return report, (
+        f"{plan.suite.name}: {lost:,} of {outcome.total:,} units have no verdict ({lost / outcome.total:.2%}, allowed "
+        f"{allowed:.2%}). The reasons are in {folder / 'records.jsonl'}; --retry-errors tries them again"
+    )
+
+
+def plan(references: Sequence[str], request: Request, *, output: str | None, as_json: bool) -> None:
+    """What a run would do, and what of it is done."""
+    suites = suites_of(references, request)
+    described = []
+    for suite in suites:
+        work = plan_of(suite, request)
+        folder = output_of(suite, output, len(suites) > 1)
+        described.append(_described(work, folder))
+        if not as_json:
+            _print_plan(described[-1])
+    if as_json:
+        out.print_json({"plans": described})
+
+
+def _described(work: Plan, folder: Path) -> dict[str, Any]:
+    from ..core.journal import read
+
+    records = read(folder).records
+    units: Counter[str] = Counter()
+    done: Counter[str] = Counter()
+    errors: Counter[str] = Counter()
+    for unit in work.units:
+        units[unit.cell] += 1
+        if unit.key in records:
+            (errors if records[unit.key].error else done)[unit.cell] += 1
+    cells = [
+        {
+            "cell": cell.name,
+            "model": cell.card.name,
+            "condition": cell.condition.name,
+            "params": dict(cell.condition.params),
+            "units": units[cell.name],
+            "done": done[cell.name],
+            "errors": errors[cell.name],
+        }
+        for cell in work.cells
+    ]
+    data = work.dataset
+    total = {"units": units.total(), "done": done.total(), "errors": errors.total(), "chunks": len(work.chunks)}
+    return {
+        "suite": work.suite.name,
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "stamp": data.stamp},
+        "questions": dict(Counter(q.modality for q in data.questions)),
+        "models": [card.to_dict() for card in work.cards],
+        "dtype": work.dtype,
+        "output": str(folder),
+        "cells": cells,
+        "total": total,
+        "notes": [*work.notes, *_data_problems(work)],
+    }
+
+
+def _print_plan(described: dict[str, Any]) -> None:
+    console = out.results()
+    rows = [
+        [cell["model"], cell["condition"], cell["units"], cell["done"], cell["errors"]] for cell in described["cells"]
+    ]
+    console.print(f"data: {described['data']['stamp']}", markup=False)
+    counts = ", ".join(f"{name} {count}" for name, count in described["questions"].items())
+    console.print(f"questions: {counts}", markup=False, soft_wrap=True)
+    out.print_table(console, described["suite"], ("model", "condition", "units", "done", "errors"), rows)
+    total = described["total"]
+    console.print(
+        f"{len(rows)} cells, {total['units']:,} units in {total['chunks']} chunks, {total['done']:,} done in "
+        f"{described['output']}",
+        markup=False,
+        soft_wrap=True,
+    )
+    for message in described["notes"]:
+        out.note(f"note: {message}")
+
+
+def validate(references: Sequence[str], request: Request, *, as_json: bool) -> None:
+    """Every problem of every suite. Weights or data that are not on this machine are notes, not problems."""
+    try:
+        suites = suites_of(references, request)
+    except SuiteError as error:
+        if as_json:
+            out.print_json({"ok": False, "suites": [], "problems": [asdict(p) for p in error.problems]})
+        raise
+    notes = {suite.name: _absent(suite) for suite in suites}
+    if as_json:
+        listed = [{"suite": suite.name, "notes": notes[suite.name], "resolved": suite.to_dict()} for suite in suites]
+        out.print_json({"ok": True, "suites": listed, "problems": []})
+        return
+    for suite in suites:
+        out.results().print(f"{suite.name}: valid", markup=False)
+        for message in notes[suite.name]:
+            out.note(f"note: {message}")
+
+
+def _absent(suite: Suite) -> list[str]:
+    missing = []
+    if suite.data.name == "omnimedvqa" and not suite.data.root:
+        missing.append("data.root names no folder; set SAFEMED_OMNIMEDVQA or --set data.root=FOLDER")
+    try:
+        cards_of(suite)
+    except ModelError as error:
+        missing += str(error).splitlines()
+    return missing

@@ -1,0 +1,149 @@
+"""From the command line to plans: flags into overrides, suites, model cards, questions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import ModelError, Problem, SafeMedError, SuiteError, UsageError, did_you_mean
+from ..suite.document import parse_path
+from ..suite.loader import Override, load_suites
+from ..suite.schema import FILTER_KEYS, ModelSpec, RunSpec, Suite
+
+if TYPE_CHECKING:
+    from ..models.card import ModelCard
+    from ..suite.plan import Plan
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the flags of `run`, `plan` and `validate` ask for; None is the suite's own word."""
+
+    limit: int | None = None
+    models: tuple[str, ...] = ()
+    filters: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+    flags: dict[str, Any] = field(default_factory=dict)
+    """Suite key -> (flag, value) for the flags that set one key."""
+    offline: bool = False
+
+    @property
+    def overrides(self) -> tuple[Override, ...]:
+        single = [
+            Override(parse_path(key), value, flag) for key, (flag, value) in self.flags.items() if value is not None
+        ]
+        chosen = parse_filters(self.filters)
+        return (*single, *([Override(("data", "filter"), chosen, "--filter")] if chosen else []))
+
+
+def parse_filters(items: Sequence[str]) -> dict[str, list[str]]:
+    """`modality=CT`, several of one key are alternatives. Raises UsageError for an unknown key."""
+    chosen: dict[str, list[str]] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not value:
+            raise UsageError(f"--filter {item}: must be written key=value, such as modality=CT")
+        if key not in FILTER_KEYS:
+            raise UsageError(f"--filter {item}: unknown key '{key}'.{did_you_mean(key, FILTER_KEYS)}")
+        chosen.setdefault(key, []).append(value)
+    return chosen
+
+
+def suites_of(references: Sequence[str], request: Request) -> list[Suite]:
+    """All suites of all files, as the flags change them. Raises SuiteError with the problems of every file."""
+    from ..core.registry import load_plugin_file
+
+    if request.offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    for plugin in request.plugins:
+        load_plugin_file(plugin)
+    suites: list[Suite] = []
+    problems: list[Problem] = []
+    for reference in references:
+        try:
+            suites += load_suites(reference, request.sets, flags=request.overrides)
+        except SuiteError as error:
+            problems += [p for p in error.problems if p not in problems]
+    if problems:
+        raise SuiteError(problems)
+    return [_limited(_with_models(suite, request.models), request.limit) for suite in suites]
+
+
+def _limited(suite: Suite, limit: int | None) -> Suite:
+    """--limit asks at most so many questions per modality, and never more than the suite does."""
+    if limit is None or (suite.data.per_modality != "all" and suite.data.per_modality <= limit):
+        return suite
+    return suite.model_copy(update={"data": suite.data.model_copy(update={"per_modality": limit})})
+
+
+def _with_models(suite: Suite, names: Sequence[str]) -> Suite:
+    """--model keeps the suite's entries of these names; a registered entry, folder or hub id may be named as well."""
+    if not names:
+        return suite
+    from ..core import registry
+
+    known = {model.name: model for model in suite.models}
+    chosen: list[ModelSpec] = []
+    for name in names:
+        if name in known:
+            chosen.append(known[name])
+        elif name in registry.models:
+            chosen.append(ModelSpec(name=name))
+        elif "/" in name or Path(name).is_dir():
+            chosen.append(ModelSpec.model_validate({"path": name}))
+        else:
+            hint = did_you_mean(name, sorted({*known, *registry.models}))
+            raise UsageError(
+                f"--model {name}: neither in suite {suite.name}, nor a registered entry, nor a path.{hint}"
+            )
+    return suite.model_copy(update={"models": tuple({model.name: model for model in chosen}.values())})
+
+
+def cards_of(suite: Suite) -> list[ModelCard]:
+    """A card per entry. Raises ModelError that names every entry whose weights are not here."""
+    from ..models.card import resolve
+
+    cards, missing = [], []
+    for model in suite.models:
+        try:
+            cards.append(resolve(model))
+        except SafeMedError as error:
+            missing.append(f"{model.name}: {error}")
+    if missing:
+        raise ModelError("\n".join(missing))
+    return cards
+
+
+def plan_of(suite: Suite, request: Request) -> Plan:
+    """The work of a suite; what the flags cut away is in its notes."""
+    from .. import datasets
+    from ..suite.plan import build_plan
+
+    cards = cards_of(suite)
+    cut = request.limit is not None and suite.data.per_modality == request.limit
+    notes = [f"limited to {request.limit} questions per modality"] if cut else []
+    notes += [f"only {key} {' or '.join(values)}" for key, values in suite.data.filter.items()]
+    return build_plan(suite, datasets.load(suite.data), cards, dtype=resolved_dtype(suite.run), notes=notes)
+
+
+def resolved_dtype(run: RunSpec) -> str:
+    """What `auto` means on this machine, without torch: bf16 where a GPU will be used, else fp32."""
+    from ..run.devices import gpu_count
+
+    if run.dtype != "auto":
+        return run.dtype
+    on_gpu = run.device.startswith("cuda") or (run.device == "auto" and gpu_count() > 0)
+    return "bf16" if on_gpu else "fp32"
+
+
+def output_of(suite: Suite, output: str | None, several: bool) -> Path:
+    """--output, or run.output, or reports/<suite>; with several suites a folder for each below --output."""
+    given = output or suite.run.output
+    if not given:
+        return Path("reports") / suite.name
+    folder = Path(given).expanduser()
+    return folder / suite.name if several else folder

@@ -1,0 +1,226 @@
+"""A suite, its questions and its models as work: cells, units with keys, chunks of fixed composition."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..attacks import CODE_VERSION as ATTACK_VERSION
+from ..attacks import applies, standard_objectives
+from ..core.errors import UsageError
+from ..core.seeds import derive_seed
+from ..core.types import Question, ThreatModel, Unit
+from .schema import ConditionSpec, ModelSpec, Suite
+from .shuffle import choose_donors
+
+if TYPE_CHECKING:
+    from ..datasets.base import Dataset
+    from ..models.card import ModelCard
+
+Kind = Literal["clean", "blank", "shuffled", "noise", "attack"]
+
+CODE_VERSIONS: Mapping[str, int] = {
+    "canvas": 1,
+    "verdict": 1,
+    "blank": 1,
+    "shuffled": 1,
+    "noise": 1,
+    "attack": ATTACK_VERSION,
+}
+"""Versions of the code behind a record. Raise one whenever a change to that part can change a record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What is done to the image before a question is asked; `name` is how tables and records call it.
+
+    attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name.
+    """
+
+    kind: Kind
+    name: str
+    attack: str = ""
+    objective: str = ""
+    params: tuple[tuple[str, Any], ...] = ()
+    threat: ThreatModel | None = None
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        parts = ("canvas", "verdict") + ((self.kind,) if self.kind in CODE_VERSIONS else ())
+        return tuple(CODE_VERSIONS[part] for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One model under one condition; `name` is `<model>/<condition>`."""
+
+    name: str
+    model: ModelSpec
+    card: ModelCard
+    condition: Condition
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedUnit(Unit):
+    """`donor`: id of the question whose image is shown, for `shuffled` only."""
+
+    donor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive units of one cell, always computed together. `index` counts chunks within the cell from 0."""
+
+    id: str
+    cell: str
+    index: int
+    units: tuple[PlannedUnit, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All the work of a suite. Equal suites, questions and models give equal plans.
+
+    dtype: of weights and activations, "auto" where it is left to the worker. notes: what the reader should know, such
+    as an objective that does not apply to an entry.
+    """
+
+    suite: Suite
+    dataset: Dataset
+    cells: tuple[Cell, ...]
+    chunks: tuple[Chunk, ...]
+    dtype: str = "auto"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def units(self) -> Iterator[PlannedUnit]:
+        return (unit for chunk in self.chunks for unit in chunk.units)
+
+    @property
+    def cards(self) -> tuple[ModelCard, ...]:
+        return tuple({cell.card.name: cell.card for cell in self.cells}.values())
+
+    @cached_property
+    def questions(self) -> Mapping[str, Question]:
+        """Question id -> question."""
+        return {question.id: question for question in self.dataset.questions}
+
+    @cached_property
+    def cells_by_name(self) -> Mapping[str, Cell]:
+        return {cell.name: cell for cell in self.cells}
+
+
+def build_plan(
+    suite: Suite,
+    dataset: Dataset,
+    cards: Sequence[ModelCard],
+    *,
+    dtype: str | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Cells, units and chunks of a suite. `cards` has one card per entry of `suite.models`, in that order.
+
+    `dtype` is the resolved run.dtype; without it the suite's word goes into the keys. `notes` come before the plan's
+    own. Raises UsageError where there is no question, or where questions share an id.
+    """
+    questions = dataset.questions
+    if not questions:
+        raise UsageError(f"{dataset.stamp}: no question is left to ask; see data.split, data.filter and --limit")
+    if len({q.id for q in questions}) < len(questions):
+        raise UsageError(f"{dataset.stamp}: question ids are not unique")
+    said = list(notes)
+    cells: list[Cell] = []
+    for model, card in zip(suite.models, cards, strict=True):
+        for condition in conditions_for(suite, card, said):
+            cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
+    if twice := _repeated(cell.name for cell in cells):
+        raise UsageError(f"the suite gives two cells the name {twice}; give one condition another `name`")
+    donors = choose_donors(questions, suite.run.seed)
+    running = dtype or suite.run.dtype
+    chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
+    return Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+
+
+def conditions_for(suite: Suite, card: ModelCard, notes: list[str] | None = None) -> Iterator[Condition]:
+    """The suite's conditions for one entry, in the suite's order; what does not apply to it goes into `notes`."""
+    for spec in suite.conditions:
+        if spec.kind == "noise":
+            for threat in suite.threat.models:
+                yield Condition("noise", f"noise@{threat.label}", threat=threat)
+        elif spec.kind == "attack":
+            yield from _attacks(suite, spec, card, notes if notes is not None else [])
+        else:
+            yield Condition(spec.kind, spec.label)
+
+
+def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str]) -> Iterator[Condition]:
+    if spec.objectives == "all":
+        objectives = standard_objectives(card.reasons)
+    else:
+        objectives = tuple(name for name in spec.objectives if applies(name, card.reasons))
+        if left_out := [name for name in spec.objectives if name not in objectives]:
+            notes.append(f"{card.name} does not reason: {spec.label} goes without {', '.join(left_out)}")
+        if not objectives:
+            notes.append(f"{card.name} is not attacked by {spec.label}: no objective of it applies")
+    params = tuple(sorted(spec.parameters.items()))
+    for threat in suite.threat.models:
+        for objective in objectives:
+            name = f"{spec.label}[{objective}]@{threat.label}"
+            yield Condition("attack", name, spec.attack or "", objective, params, threat)
+
+
+def _chunks(
+    cell: Cell, suite: Suite, questions: Sequence[Question], donors: Mapping[str, str], dtype: str
+) -> Iterator[Chunk]:
+    by_id = {question.id: question for question in questions}
+    shared = _cell_identity(cell, suite, dtype)
+    units = []
+    for question in questions:
+        donor = by_id[donors[question.id]] if cell.condition.kind == "shuffled" else None
+        units.append(_unit(cell, shared, suite.run.seed, question, donor))
+    size = suite.run.chunk
+    for index, start in enumerate(range(0, len(units), size)):
+        yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[start : start + size]))
+
+
+def _unit(cell: Cell, shared: object, seed: int, question: Question, donor: Question | None) -> PlannedUnit:
+    """The seed does not depend on the cell: at every eps, and for every model, a question starts the same way."""
+    own = derive_seed("unit", seed, question.id)
+    image = [_image(question), _image(donor) if donor else ""]
+    text = [question.id, question.question, question.options, question.answer]
+    text += [question.modality, question.question_type]
+    return PlannedUnit(_digest([shared, own, image, text]), question.id, cell.name, own, donor.id if donor else "")
+
+
+def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
+    """All that a record of this cell depends on or says, beside its question; workers and batch size are not in it."""
+    card, condition, data = cell.card, cell.condition, suite.data
+    own = cell.model.dtype or card.dtype
+    model = [
+        card.fingerprint,
+        card.prompt,
+        card.decode,
+        card.max_new_tokens,
+        own if own not in (None, "auto") else dtype,
+    ]
+    threat = condition.threat
+    attack = [condition.kind, condition.attack, condition.objective, condition.params]
+    ball = [threat.norm, threat.eps, threat.bounds, threat.quantize] if threat else []
+    return [cell.name, model, attack, ball, data.resolution, data.fit, condition.versions]
+
+
+def _image(question: Question) -> str:
+    return question.image_sha256 or f"{question.image} {question.image_error}"
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _repeated(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), "")  # type: ignore[func-returns-value]

@@ -1,0 +1,255 @@
+"""What a suite may say. Every field has a description with its unit; unknown keys are refused."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from ..core.errors import did_you_mean
+from ..core.types import ThreatModel, format_eps
+from .values import Count, CountOrAll, CountOrAuto, Dtype, Eps, Number, Text, Whole, parse_number
+
+PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
+FILTER_KEYS = ("modality", "question_type", "source")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class DataSpec(_Part):
+    """Which questions are asked, and on what canvas."""
+
+    name: Text = Field(
+        default="auto",
+        description="Data set: auto, omnimedvqa, phantom, or a plugin's; auto is omnimedvqa where root is given.",
+    )
+    root: Text | None = Field(default=None, description="Folder of the data set; empty for none.")
+    split: Literal["train", "validation", "test"] = Field(default="test", description="Which split is asked.")
+    scheme: Literal["auto", "file", "record", "medr1", "image_disjoint", "rebalanced"] = Field(
+        default="auto", description="How questions are split; auto takes splits.json, then the records' own split."
+    )
+    per_modality: CountOrAll = Field(
+        default=25, description="Questions per modality, stratified by question type; `all` for the whole split."
+    )
+    filter: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="Keep only these: modality, question_type or source, each with one name or a list of names.",
+    )
+    resolution: Count = Field(
+        default=64, description="Side of the square canvas, pixels; the attack works at this size."
+    )
+    fit: Literal["pad", "stretch"] = Field(
+        default="pad", description="pad keeps the aspect ratio on a black canvas; stretch does not."
+    )
+    phantom: dict[str, Any] = Field(
+        default_factory=dict, description="Phantom only: seed, images per modality and split, difficulty."
+    )
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @field_validator("filter", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for key in value:
+            if key not in FILTER_KEYS:
+                raise ValueError(f"unknown filter '{key}'.{did_you_mean(str(key), FILTER_KEYS)}")
+        return {k: (v,) if isinstance(v, str) else v for k, v in value.items()}
+
+
+class ThreatSpec(_Part):
+    """What the adversary may do."""
+
+    norm: Literal["linf", "l2"] = Field(default="linf", description="Norm of the perturbation over one image's values.")
+    eps: tuple[Eps, ...] = Field(
+        default=(2 / 255, 4 / 255, 8 / 255), min_length=1, description="Radii, on the [0, 1] pixel scale, e.g. 8/255."
+    )
+    headline: Eps | None = Field(
+        default=None,
+        validate_default=True,
+        description="The eps of the first table; one of eps, by default the middle one.",
+    )
+
+    @field_validator("eps")
+    @classmethod
+    def _on_the_pixel_scale(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if info.data.get("norm") == "linf":
+            for eps in values:
+                if eps > 1:
+                    raise ValueError(f"{eps:g} is above 1: eps is on the [0, 1] pixel scale. Did you mean {eps:g}/255?")
+        if len(set(values)) < len(values):
+            raise ValueError("the same eps stands twice")
+        return values
+
+    @field_validator("headline")
+    @classmethod
+    def _one_of_eps(cls, value: float | None, info: ValidationInfo) -> float | None:
+        eps = info.data.get("eps")
+        if not eps:
+            return value
+        if value is None:
+            return eps[len(eps) // 2]
+        close = [e for e in eps if abs(e - value) < 1e-9]
+        if not close:
+            raise ValueError(f"{format_eps(value)} is not one of eps: {', '.join(map(format_eps, eps))}")
+        return close[0]
+
+    @property
+    def models(self) -> tuple[ThreatModel, ...]:
+        return tuple(ThreatModel(self.norm, eps) for eps in self.eps)
+
+
+class ModelSpec(_Part):
+    """An entry under test; None is the entry's own default."""
+
+    name: Text = Field(description="Registered entry, or the name to show where `path` is given.")
+    path: Text | None = Field(default=None, description="Folder or Hugging Face hub id; None is the registered entry.")
+    revision: Text | None = Field(default=None, description="Hub revision: branch, tag or commit.")
+    prompt: Text | None = Field(default=None, description="Prompt template by name, e.g. instruct or think.")
+    decode: Literal["logprob", "generate"] | None = Field(
+        default=None, description="Verdict from option log-probabilities, or from generated text."
+    )
+    max_new_tokens: Count | None = Field(default=None, description="Generation limit, tokens.")
+    dtype: Dtype | None = Field(default=None, description="Weights; None is run.dtype.")
+    adapter: Text | None = Field(default=None, description="Folder of a PEFT adapter to load on top.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "name" not in value and isinstance(value.get("path"), str):
+            return {"name": value["path"].rstrip("/").rsplit("/", 1)[-1], **value}
+        if not isinstance(value, dict | ModelSpec):
+            raise ValueError("a model is a name, or a mapping with `name` and `path`")
+        return value
+
+
+class ConditionSpec(_Part):
+    """A word (clean, blank, shuffled, noise), or a mapping with `attack`."""
+
+    kind: Literal["clean", "blank", "shuffled", "noise", "attack"] = Field(description="What is done to the image.")
+    attack: Text | None = Field(default=None, description="Registered attack.")
+    name: Text | None = Field(
+        default=None, description="Name in tables, by default the attack's; tells two settings apart."
+    )
+    objectives: Literal["all"] | tuple[Text, ...] = Field(
+        default="all", description="What the attack maximises: names, or `all` that are standard for the entry."
+    )
+    steps: Count | None = Field(default=None, description="Gradient steps.")
+    restarts: Count | None = Field(default=None, description="Random starts; later ones on survivors only.")
+    step_size: Number | None = Field(default=None, gt=0, description="Step length on the [0, 1] pixel scale.")
+    rel_step: Number | None = Field(default=None, gt=0, description="Step length as a part of eps.")
+    params: dict[str, Any] = Field(default_factory=dict, description="Further parameters of the attack, by name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in PLAIN_KINDS:
+                close = did_you_mean(value, PLAIN_KINDS)
+                raise ValueError(f"unknown condition '{value}'.{close} Attacks are written `- attack: {value}`.")
+            return {"kind": value}
+        if isinstance(value, dict) and "kind" not in value:
+            if "attack" not in value:
+                raise ValueError("a condition is a word, or a mapping with `attack`: the attack's name")
+            return {"kind": "attack", **value}
+        return value
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _one_objective(cls, value: Any) -> Any:
+        if value == "all":
+            return value
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in names):
+            raise ValueError("must be `all`, an objective, or a list of objectives")
+        return tuple(names)
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> ConditionSpec:
+        if (self.kind == "attack") != (self.attack is not None):
+            raise ValueError("`attack` names the attack of a condition of kind attack, and of no other")
+        if self.kind != "attack" and (extra := self.model_fields_set - {"kind"}):
+            raise ValueError(f"{self.kind} takes no {', '.join(sorted(extra))}")
+        if twice := {"steps", "restarts", "step_size", "rel_step"} & set(self.params):
+            raise ValueError(f"{', '.join(sorted(twice))} stands beside `attack`, not under params")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What conditions are named by: the kind, or the attack's name."""
+        return self.name or self.attack or self.kind
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Everything the attack is built with."""
+        named = {k: getattr(self, k) for k in ("steps", "restarts", "step_size", "rel_step")}
+        return {k: v for k, v in named.items() if v is not None} | dict(self.params)
+
+
+class RunSpec(_Part):
+    """How the work is done. Only `seed` and `dtype` can change a record."""
+
+    seed: Whole = Field(default=0, description="Seed of everything random: starts, noise, shuffling.")
+    batch_size: CountOrAuto = Field(
+        default="auto", description="Questions per forward pass; auto backs off when memory ends."
+    )
+    chunk: Count = Field(default=50, description="Questions per work chunk; fixed, so that workers change nothing.")
+    workers: CountOrAuto = Field(default="auto", description="Processes; auto is one per GPU, or one per core.")
+    device: Text = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps.")
+    dtype: Dtype = Field(default="auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
+    fail_on_error: Number = Field(default=0.0, ge=0, le=1, description="Share of units that may end in an error.")
+    output: Text | None = Field(default=None, description="Folder of the run; by default reports/<suite name>.")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        kind, _, number = value.partition(":")
+        if kind not in ("auto", "cpu", "cuda", "mps") or (":" in value and (kind != "cuda" or not number.isdigit())):
+            raise ValueError(f"unknown device '{value}'. Known: auto, cpu, cuda, cuda:N, mps")
+        return value
+
+
+class Suite(_Part):
+    """A validated suite: what is measured, on which data, under which threat."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.=+-]*$", description="Name of the report folder; a plain word.")
+    title: Text = Field(default="", description="Heading of tables and reports.")
+    data: DataSpec = Field(default=DataSpec(), description="Questions and canvas.")
+    threat: ThreatSpec = Field(default=ThreatSpec(), description="Threat model.")
+    models: tuple[ModelSpec, ...] = Field(min_length=1, description="Entries under test.")
+    conditions: tuple[ConditionSpec, ...] = Field(min_length=1, description="What is done to the images.")
+    run: RunSpec = Field(default=RunSpec(), description="How the work is done.")
+
+    @field_validator("models", "conditions")
+    @classmethod
+    def _each_name_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [v.label if isinstance(v, ConditionSpec) else v.name for v in values]
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                raise ValueError(f"'{name}' stands twice; give one of them another `name`")
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML-able mapping that `load_suite` reads back as the same suite; eps as fractions."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        plain["threat"]["eps"] = [_written(eps) for eps in self.threat.eps]
+        plain["threat"]["headline"] = _written(self.threat.headline or 0)
+        conditions: list[Any] = []
+        for spec in self.conditions:
+            given = spec.model_dump(mode="json", exclude_none=True, exclude={"kind"}, exclude_defaults=True)
+            conditions.append(given if spec.kind == "attack" else spec.kind)
+        return plain | {"conditions": conditions}
+
+
+def _written(eps: float) -> str | float:
+    """As a fraction where that reads back as the same number."""
+    text = format_eps(eps)
+    return text if parse_number(text) == eps else eps
