@@ -47,7 +47,8 @@ class Bench:
     def run(self, job: Job) -> tuple[Record, ...]:
         """A record for every unit of `job`, in order. A question whose image cannot be read gives an error record."""
         began = time.perf_counter()
-        shown, problems = _canvases(job.donors or job.questions, self.settings)
+        side = job.model.resolution or self.settings.resolution
+        shown, problems = _canvases(job.donors or job.questions, side, self.settings.fit)
         if job.donors:
             problems |= {i: q.image_error for i, q in enumerate(job.questions) if q.image_error}
         good = [i for i in range(len(job.units)) if i not in problems]
@@ -187,7 +188,7 @@ def generator(unit: Unit, stream: str) -> torch.Generator:
 
 
 def _canvases(
-    questions: Sequence[Question], settings: Settings
+    questions: Sequence[Question], side: int, fit: str
 ) -> tuple[dict[int, np.ndarray[Any, np.dtype[np.uint8]]], dict[int, str]]:
     """Position -> (3, H, W) uint8 canvas, and position -> why there is none."""
     found: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
@@ -197,7 +198,7 @@ def _canvases(
             problems[i] = question.image_error
             continue
         try:
-            canvas = load_canvas(Path(question.image), settings.resolution, settings.fit)
+            canvas = load_canvas(Path(question.image), side, fit)
         except (DataError, OSError) as error:
             problems[i] = f"{question.image}: {error}" if question.image not in str(error) else str(error)
         else:

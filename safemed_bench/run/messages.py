@@ -13,7 +13,8 @@ from ..core.types import Question, Record, ThreatModel, Unit
 class Settings:
     """What is the same for every job of a run.
 
-    resolution: side of the square canvas in pixels. batch_size: questions per batch to begin with, None = the chunk.
+    resolution: side of the square canvas in pixels, where the entry names no other. batch_size: questions per batch to
+    begin with, None = the chunk.
     """
 
     folder: Path

@@ -112,7 +112,8 @@ class Worker:
 
         self._held = None  # the old model goes before the new one comes
         self._forget()
-        model = load_model(job.model, self.settings.resolution, device=self.device, dtype=self.settings.dtype)
+        side = job.model.resolution or self.settings.resolution
+        model = load_model(job.model, side, device=self.device, dtype=self.settings.dtype)
         sizer = BatchSizer(self.settings.batch_size, self._forget, lambda text: self.pipe.send(Note(text)))
         self._held = (job.model, Bench(model, self.settings, sizer))
         return self._held[1]

@@ -210,7 +210,7 @@ def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
     threat = condition.threat
     attack = [condition.kind, condition.attack, condition.objective, condition.params]
     ball = [threat.norm, threat.eps, threat.bounds, threat.quantize] if threat else []
-    return [cell.name, model, attack, ball, data.resolution, data.fit, condition.versions]
+    return [cell.name, model, attack, ball, cell.model.resolution or data.resolution, data.fit, condition.versions]
 
 
 def _image(question: Question) -> str:

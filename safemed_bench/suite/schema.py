@@ -117,6 +117,9 @@ class ModelSpec(_Part):
     )
     max_new_tokens: Count | None = Field(default=None, description="Generation limit, tokens.")
     dtype: Dtype | None = Field(default=None, description="Weights; None is run.dtype.")
+    resolution: Count | None = Field(
+        default=None, description="Side of this entry's canvas, pixels; None is data.resolution."
+    )
     adapter: Text | None = Field(default=None, description="Folder of a PEFT adapter to load on top.")
 
     @model_validator(mode="before")
