@@ -12,7 +12,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TRAIN_ORDER := base sft instruct cot
+ENTRIES := sft instruct cot
+ZOO := safemed_bench/models/zoo
 
 # One thread per process: two processes of one thread each are faster than one of two threads.
 export OMP_NUM_THREADS ?= 1
@@ -48,9 +49,11 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Trains the default entries again, into runs/<name>/entry. Resumes where it was stopped.
+# Trains the default entries again and puts them into the package. Resumes where it was stopped; about an hour and a
+# half on one core. The three that start from `base` can also be trained side by side.
 entries: $(INSTALLED)
-	@set -e; for name in $(TRAIN_ORDER); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
+	@set -e; for name in base $(ENTRIES); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
+	@set -e; for name in $(ENTRIES); do rm -rf $(ZOO)/$$name; cp -r runs/$$name/entry $(ZOO)/$$name; done
 
 # Caches and builds; keeps .venv, runs/ and reports/.
 clean:

@@ -53,7 +53,7 @@ def test_absent_weights_say_where_they_were_looked_for(tmp_path, monkeypatch):
         locate("owner/absent")
     with pytest.raises(ModelError, match="model folder not found"):
         locate(str(tmp_path / "nothing"))
-    with pytest.raises(ModelError, match="config.json is missing"):
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
         locate(str(tmp_path))
 
 
@@ -66,7 +66,7 @@ def test_a_broken_entry_file_is_named_with_its_line(folder, tmp_path):
 
 
 def test_unknown_names_say_what_was_meant(folder):
-    with pytest.raises(UsageError, match="unknown prompt 'thnk'. Did you mean 'think'"):
+    with pytest.raises(UsageError, match=r"unknown prompt 'thnk'\. Did you mean 'think'"):
         resolve(spec(path=str(folder), prompt="thnk"))
     with pytest.raises(UsageError, match="unknown model 'no-such-entry'"):
         resolve(spec(name="no-such-entry"))

@@ -55,7 +55,7 @@ def _weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
@@ -69,11 +69,11 @@ def test_an_interrupted_run_ends_bit_equal(config, tmp_path, stop_after, monkeyp
 
     def interrupted(*arguments):
         if next(calls) > stop_after:
-            raise _Stop
+            raise _StopError
         return update(*arguments)
 
     monkeypatch.setattr(sft, "_update", interrupted)
-    with pytest.raises(_Stop):
+    with pytest.raises(_StopError):
         train(config, overrides, quiet=True)
     monkeypatch.setattr(sft, "_update", update)
     resumed = train(config, overrides, quiet=True)
