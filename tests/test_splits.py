@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_omnimedvqa import record, write_root
+from test_omnimedvqa import record, spec, write_root
 
 from safemed_bench.core.errors import DataError, UsageError
 from safemed_bench.core.types import Question
-from safemed_bench.datasets import omnimedvqa, splits
+from safemed_bench.datasets import load, omnimedvqa, splits
 from safemed_bench.datasets.base import SPLITS
 from safemed_bench.datasets.prior import Lookup, letter_hits, lookup_hits
 from safemed_bench.datasets.rebalance import MODALITY_TYPE, meaning, rebalance
@@ -112,6 +112,28 @@ def test_file_scheme(tmp_path: Path) -> None:
     questions, problems = splits.assign(contents, "auto")
     assert [q.split for q in questions] == ["train", "validation", "test", ""]
     assert problems[0].key == "Toy_0009" and "1 questions are in no split" in problems[1].message
+
+
+def test_another_split_file(tmp_path: Path) -> None:
+    root = write_root(tmp_path, [record(n) for n in range(3)])
+    (root / "splits.json").write_text(json.dumps({"train": ["Toy_0000"], "test": ["Toy_0001", "Toy_0002"]}))
+    (root / "strict.json").write_text(json.dumps({"train": ["Toy_0000"], "test": ["Toy_0002"]}))
+    contents = omnimedvqa.read(root)
+    for scheme in ("file", "auto", "rebalanced"):
+        assert by_id(contents, scheme, split_file="strict.json")["Toy_0001"] == ""
+    assert by_id(contents, "file")["Toy_0001"] == "test"
+    with pytest.raises(DataError, match=r"gone\.json: cannot be read"):
+        splits.assign(contents, "file", split_file="gone.json")
+    data = load(spec(root, scheme="file", split_file="strict.json"))
+    assert [q.id for q in data.questions] == ["Toy_0002"] and data.stamp.endswith("split test (file, strict.json)")
+    with pytest.raises(UsageError, match=r"split_file 'strict.json' does not fit the phantom set"):
+        load(spec(None, split_file="strict.json"))
+
+
+def test_mini_strict_split_leaves_train_groups_out(shared_data: Path) -> None:
+    root = shared_data / "omnimed_mini"
+    found = Counter(by_id(omnimedvqa.read(root), "file", split_file="splits_strict.json").values())
+    assert found["test"] == 1241 and found["train"] + found["validation"] == 1585 and found[""] == 512
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,8 @@ def marked(text: str) -> tuple[str, int, int]:
         ("data: {per_modality: ^yes}", "data.per_modality", "not true/false"),
         ("data: {name: ^omnimed}", "data.name", "unknown data set 'omnimed'. Did you mean 'omnimedvqa'?"),
         ("data: {root: ^/no/where}", "data.root", "no such folder: /no/where"),
+        ("data: {root: /tmp, split_file: ^gone.json}", "data.split_file", "no such file: /tmp/gone.json"),
+        ("data: {scheme: medr1, split_file: ^a.json}", "data.split_file", "a split file belongs to `scheme: file`"),
         ("data: {filter: ^{modal: CT}}", "data.filter", "unknown filter 'modal'"),
         ("data: {phantom: ^{sed: 1}}", "data.phantom", "Did you mean 'seed'?"),
         ("threat: {eps: [ ^8/0 ]}", "threat.eps.0", "'8/0' is not a number or a fraction"),

@@ -68,9 +68,11 @@ def load_phantom(spec: DataSpec, cache: Path, progress: Progress | None = None) 
     """The generated set: made once per parameters and split below `cache`, then read like any other."""
     from .phantom import PhantomSpec, prepare
 
-    if spec.scheme not in ("auto", "record", "image_disjoint"):
+    file = _split_file(spec)
+    if file or spec.scheme not in ("auto", "record", "image_disjoint"):
+        key, word = ("split_file", file) if file else ("scheme", spec.scheme)
         raise UsageError(
-            f"data.scheme '{spec.scheme}' does not fit the phantom set: it is generated per split, no image in two. "
+            f"data.{key} '{word}' does not fit the phantom set: it is generated per split, no image in two. "
             "Use auto, or name a folder with data.root"
         )
     made = PhantomSpec.from_mapping({"size": spec.resolution} | dict(spec.phantom or {}))
@@ -91,8 +93,9 @@ def _select(
     from . import omnimedvqa, splits
 
     contents = omnimedvqa.read(root)
-    scheme = splits.resolve(contents, scheme or spec.scheme)
-    everything, odd = splits.assign(contents, scheme, wanted=spec.split)
+    file = _split_file(spec)
+    scheme = splits.resolve(contents, scheme or spec.scheme, file)
+    everything, odd = splits.assign(contents, scheme, wanted=spec.split, split_file=file)
     questions = splits.of_split(everything, spec.split)
     if not questions:
         counts = {s: sum(q.split == s for q in everything) for s in splits.SPLITS}
@@ -103,7 +106,12 @@ def _select(
             f"{root}: no question of split '{spec.split}' fits data.filter {dict(getattr(spec, 'filter', {}))}"
         )
     n = len(wanted) if spec.per_modality == "all" else int(spec.per_modality)
-    return scheme, splits.stratified(wanted, n), (*contents.problems, *odd)
+    named = f"{scheme}, {file}" if file else scheme
+    return named, splits.stratified(wanted, n), (*contents.problems, *odd)
+
+
+def _split_file(spec: DataSpec) -> str | None:
+    return getattr(spec, "split_file", None)
 
 
 def _filtered(questions: Sequence[Question], keep: dict[str, Sequence[str]]) -> tuple[Question, ...]:

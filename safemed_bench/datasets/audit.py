@@ -14,10 +14,10 @@ from rich.table import Table
 from ..core.errors import Problem
 from ..core.types import Question
 from . import splits
-from .base import SPLITS
+from .base import SPLITS, Contents, Entry
 from .images import FileFacts, Progress, image_cache, inspect_files
 from .modalities import is_known, rank
-from .omnimedvqa import Contents, Entry, read
+from .omnimedvqa import read
 from .prior import letter_hits, lookup_hits
 
 SHOWN = 10

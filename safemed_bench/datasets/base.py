@@ -16,6 +16,7 @@ from ..core.types import Question
 if TYPE_CHECKING:
     import datasets as hf
 
+Layout = Literal["omnimedvqa", "medr1", "text", "table"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -41,7 +42,38 @@ class Dataset:
 
     def to_hf(self) -> hf.Dataset:
         """The same questions as a Hugging Face `datasets.Dataset`; `image` decodes to a PIL image."""
+        from .arrow import to_hf
+
         return to_hf(self.questions)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A question as it stands in a file, not yet split; its image is not looked at.
+
+    split, medr1: what the record itself says of the split, and of Med-R1's split; "" where it says nothing.
+    image_key: the image's path below the root, or as the file gives it; the same wherever the set lies.
+    modality_key: the key the modality stood under. raw_modality: as spelled in the file.
+    """
+
+    question: Question
+    image_key: str
+    split: str = ""
+    medr1: str = ""
+    modality_key: str = "modality_type"
+    raw_modality: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a folder holds. `problems`: files and records that are no usable questions, and what else is odd."""
+
+    root: Path
+    layout: Layout
+    entries: tuple[Entry, ...]
+    problems: tuple[Problem, ...]
+    files: tuple[str, ...] = ()
+    records: int = 0
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
@@ -50,23 +82,6 @@ def fingerprint(questions: Iterable[Question]) -> str:
         json.dumps([q.id, q.image_sha256, q.question, q.options, q.answer], ensure_ascii=False) for q in questions
     )
     return hashlib.blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
-
-
-def to_hf(questions: Iterable[Question]) -> hf.Dataset:
-    """Questions as rows of one fixed schema, 2 to 4 options in one list; images that cannot be read are None."""
-    import datasets as hf
-
-    text = hf.Value("string")
-    names = ("id", "question", "modality", "question_type", "source", "split", "image_sha256", "image_error")
-    features = hf.Features(
-        {name: text for name in names} | {"image": hf.Image(), "options": hf.List(text), "answer": hf.Value("int64")}
-    )
-    rows = [
-        {name: getattr(q, name) for name in names}
-        | {"image": None if q.image_error else q.image, "options": list(q.options), "answer": q.answer}
-        for q in questions
-    ]
-    return hf.Dataset.from_list(rows, features=features)
 
 
 def hash_order(*parts: object) -> int:

@@ -78,6 +78,12 @@ def split_files(root: Path) -> list[Path]:
     return []
 
 
+def side_files(root: Path) -> list[Path]:
+    """The files that are looked into beside those with the questions: marks of the split, and question types."""
+    folders = ("Splits/modality", "Splits/question_type", "question_type")
+    return sorted(file for folder in folders for file in (root / folder).glob("**/*.json"))
+
+
 def to_omnimed(root: Path, rows: Iterable[R], problems: list[Problem]) -> Iterator[tuple[R, dict[str, Any]]]:
     """Med-R1's records in OmniMedVQA's keys; the question type is looked up in the question_type files."""
     types = _question_types(root)

@@ -1,4 +1,4 @@
-"""OmniMedVQA on disk: its official layout, Med-R1's split files, and folders of question text."""
+"""OmniMedVQA on disk: its official layout, Med-R1's split files, tables of Hugging Face `datasets`, question text."""
 
 from __future__ import annotations
 
@@ -6,51 +6,23 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..core.errors import DataError, Problem
 from ..core.types import LETTERS, Question
-from . import medr1, modalities
+from . import arrow, medr1, modalities
+from .base import Contents, Entry, Layout
 
-Layout = Literal["omnimedvqa", "medr1", "text"]
 EXPECTED = (
     "QA_information/Open-access/*.json with Images/ (OmniMedVQA), Splits/modality/*/*.json (Med-R1), "
-    "or *.jsonl[.gz] question text"
+    "*.parquet or a folder of `datasets.save_to_disk`, or *.jsonl[.gz] question text"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A question as it stands in a file, not yet split; its image is not looked at.
-
-    split, medr1: what the record itself says of the split, and of Med-R1's split; "" where it says nothing.
-    image_key: the image's path below the root, or as the file gives it; the same wherever the set lies.
-    modality_key: the key the modality stood under. raw_modality: as spelled in the file.
-    """
-
-    question: Question
-    image_key: str
-    split: str = ""
-    medr1: str = ""
-    modality_key: str = "modality_type"
-    raw_modality: str = ""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """All that a folder holds. `problems`: files and records that are no usable questions, and what else is odd."""
-
-    root: Path
-    layout: Layout
-    entries: tuple[Entry, ...]
-    problems: tuple[Problem, ...]
-    files: tuple[str, ...] = ()
-    records: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +45,14 @@ class _Reader:
 
     strict: bool
     problems: list[Problem] = field(default_factory=list)
+    failed: bool = False
+
+    def table(self, path: Path) -> Iterator[_Row]:
+        try:
+            for number, record in enumerate(arrow.records(path), 1):
+                yield _Row(str(path), 0, number, record)
+        except DataError as error:
+            self._fail(Problem(str(path), 0, 0, "", str(error)))
 
     def rows(self, path: Path) -> Iterator[_Row]:
         text = _text(path)
@@ -101,21 +81,34 @@ class _Reader:
                 )
 
     def _fail(self, problem: Problem) -> None:
+        self.failed = True
         if self.strict:
             raise DataError(str(problem))
         self.problems.append(problem)
 
 
 def read(root: str | Path, *, strict: bool = True) -> Contents:
-    """Read every question below `root`, whichever of the three layouts it has.
+    """Read every question below `root`, whichever of the four layouts it has.
 
-    With `strict` a file that cannot be parsed raises DataError with its line and column; otherwise it is a Problem.
-    A record that makes no question (no options, an answer that is none of them) is always a Problem by name.
+    The files are parsed once: what they hold is kept as a memory-mapped `datasets.Dataset` in the cache folder until
+    one of them changes. With `strict` a file that cannot be parsed raises DataError with its line and column; otherwise
+    it is a Problem. A record that makes no question (no options, an answer that is none of them) is always a Problem by
+    name.
     """
     root = Path(root).expanduser().absolute()
     layout, files = _find(root)
+    kept = arrow.kept_at(root, [*files, *medr1.side_files(root)], code=(medr1, modalities, sys.modules[__name__]))
+    if (contents := arrow.recall(kept)) is not None:
+        return contents
     reader = _Reader(strict)
-    rows = [row for file in files for row in reader.rows(file)]
+    contents = _parse(root, layout, files, reader)
+    if not reader.failed:
+        arrow.keep(contents, kept)
+    return contents
+
+
+def _parse(root: Path, layout: Layout, files: list[Path], reader: _Reader) -> Contents:
+    rows = [row for file in files for row in (reader.table(file) if layout == "table" else reader.rows(file))]
     if layout == "medr1":
         rows = [replace(row, record=record) for row, record in medr1.to_omnimed(root, rows, reader.problems)]
     elif layout == "omnimedvqa":
@@ -132,6 +125,8 @@ def _find(root: Path) -> tuple[Layout, list[Path]]:
         return "omnimedvqa", files
     if files := medr1.split_files(root):
         return "medr1", files
+    if files := arrow.tables(root):
+        return "table", files
     if files := sorted({*root.glob("*.jsonl"), *root.glob("*.jsonl.gz")}):
         return "text", files
     raise DataError(f"no questions found in {root}. Expected {EXPECTED}")

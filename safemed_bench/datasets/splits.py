@@ -13,13 +13,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 from ..core.errors import DataError, Problem, UsageError, did_you_mean
 from ..core.types import Question
-from .base import SPLITS, Split, hash_order
+from .base import SPLITS, Contents, Entry, Split, hash_order
 from .images import FileFacts, Progress, image_cache, inspect_files
 from .modalities import rank
-from .omnimedvqa import Contents, Entry, split_word
+from .omnimedvqa import split_word
 from .rebalance import rebalance
 
 SPLIT_FILE = "splits.json"
@@ -46,14 +47,14 @@ class ImageIdentity:
         return self._facts[entry.question.image].sha256 or entry.image_key
 
 
-def resolve(contents: Contents, scheme: str) -> str:
-    """What `auto` means for these data: `file` where splits.json lies there, the records' own split where all have
-    one, else `image_disjoint`. Any other known scheme is itself."""
+def resolve(contents: Contents, scheme: str, split_file: str | None = None) -> str:
+    """What `auto` means for these data: `file` where a split file is named or splits.json lies there, the records' own
+    split where all have one, else `image_disjoint`. Any other known scheme is itself."""
     if scheme not in SCHEMES:
         raise UsageError(f"unknown split scheme '{scheme}'.{did_you_mean(scheme, SCHEMES)}")
     if scheme != "auto":
         return scheme
-    if (contents.root / SPLIT_FILE).is_file():
+    if split_file or (contents.root / SPLIT_FILE).is_file():
         return "file"
     if contents.entries and all(entry.split for entry in contents.entries):
         return "record"
@@ -66,21 +67,23 @@ def assign(
     identity: Identity | None = None,
     *,
     wanted: str | None = None,
+    split_file: str | None = None,
     seed: int = 0,
 ) -> tuple[tuple[Question, ...], tuple[Problem, ...]]:
     """All questions with their split set, "" where the scheme gives none; and what does not fit.
 
-    `file`: the lists of question ids in splits.json. `record`: each record's own `split`. `medr1`: by question, as
-    Med-R1 does, from its marks where the data have them, else a fifth of the questions by hash. `image_disjoint`: by
-    image content, 72/8/20. `rebalanced`: `auto`'s split with the distractors redrawn (rebalance.py); `seed` is theirs.
-    Where only `wanted="test"` is, validation is left in train, and no train image need be read.
+    `file`: the lists of question ids in `split_file`, below the root, by default splits.json. `record`: each record's
+    own `split`. `medr1`: by question, as Med-R1 does, from its marks where the data have them, else a fifth of the
+    questions by hash. `image_disjoint`: by image content, 72/8/20. `rebalanced`: `auto`'s split with the distractors
+    redrawn (rebalance.py); `seed` is theirs. Where only `wanted="test"` is, validation is left in train, and no train
+    image need be read.
     """
     identity = identity or ImageIdentity(contents)
-    name = resolve(contents, scheme)
-    base = resolve(contents, "auto") if name == "rebalanced" else name
+    name = resolve(contents, scheme, split_file)
+    base = resolve(contents, "auto", split_file) if name == "rebalanced" else name
     problems: tuple[Problem, ...] = ()
     if base == "file":
-        words, problems = _from_file(contents)
+        words, problems = _from_file(contents, contents.root / (split_file or SPLIT_FILE))
     elif base == "record":
         words = [entry.split for entry in contents.entries]
     elif base == "medr1":
@@ -118,11 +121,10 @@ def _with_validation(entries: Sequence[Entry], words: list[str], identity: Ident
     ]
 
 
-def _from_file(contents: Contents) -> tuple[list[str], tuple[Problem, ...]]:
-    path = contents.root / SPLIT_FILE
+def _from_file(contents: Contents, path: Path) -> tuple[list[str], tuple[Problem, ...]]:
     split_of: dict[str, str] = {}
     problems = []
-    for key, names in _read_lists(contents).items():
+    for key, names in _read_lists(path).items():
         word = split_word(key)
         twice = [n for n in names if split_of.get(n, word) != word]
         if twice:
@@ -138,8 +140,7 @@ def _from_file(contents: Contents) -> tuple[list[str], tuple[Problem, ...]]:
     return [split_of.get(entry.question.id, "") for entry in contents.entries], tuple(problems)
 
 
-def _read_lists(contents: Contents) -> dict[str, list[str]]:
-    path = contents.root / SPLIT_FILE
+def _read_lists(path: Path) -> dict[str, list[str]]:
     try:
         value = json.loads(path.read_text("utf-8-sig"))
     except json.JSONDecodeError as error:

@@ -4,44 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from ..core.errors import Problem, UsageError, did_you_mean
 from .document import Document, Key
-from .schema import ConditionSpec, DataSpec, ModelSpec, RunSpec, Suite, ThreatSpec
+from .schema import ConditionSpec, Suite
 
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "data": DataSpec,
-    "threat": ThreatSpec,
-    "models": ModelSpec,
-    "conditions": ConditionSpec,
-    "run": RunSpec,
-}
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def schema_problems(error: ValidationError, document: Document) -> list[Problem]:
-    """pydantic's errors, each at the place of its key or value."""
-    details = error.errors(include_url=False)
+def validated(
+    schema: type[Schema], document: Document, problems: list[Problem], file_keys: Sequence[str] = ()
+) -> Schema | None:
+    """The document as `schema` has it; what is wrong goes to `problems`, each at the place of its key or value, unless
+    that place was told of already. `file_keys`: top-level keys that the reader takes out, for did-you-mean."""
+    told = {(p.file, p.line, p.column) for p in problems if p.line}
+    try:
+        return schema.model_validate(document.value)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
     parents = {tuple(d["loc"][:stop]) for d in details for stop in range(len(d["loc"]))}
     # a list whose items are all wrong is also called too short
     wanted = [d for d in details if d["type"] != "too_short" or tuple(d["loc"]) not in parents]
-    return [_problem(detail, document) for detail in wanted]
+    found = [_problem(schema, detail, document, file_keys) for detail in wanted]
+    problems += [p for p in found if (p.file, p.line, p.column) not in told or p.line <= 1]
+    return None
 
 
-def _problem(detail: Any, document: Document) -> Problem:
+def _problem(schema: type[BaseModel], detail: Any, document: Document, file_keys: Sequence[str]) -> Problem:
     path: Key = tuple(detail["loc"])
     unknown = detail["type"] == "extra_forbidden"
     place = document.place(path, of_key=unknown)
-    return Problem(*place, ".".join(map(str, path)), _message(detail, path))
+    message = _unknown_key(schema, path, file_keys) if unknown else _message(detail)
+    return Problem(*place, ".".join(map(str, path)), message)
 
 
-def _message(detail: Any, path: Key) -> str:
+def _message(detail: Any) -> str:
     given = detail.get("input")
     match detail["type"]:
-        case "extra_forbidden":
-            return _unknown_key(path)
         case "missing":
             return "is missing"
         case "value_error":
@@ -62,13 +64,29 @@ def _message(detail: Any, path: Key) -> str:
     return detail["msg"].replace("Input should be", "must be").replace("Input should", "must") + f", not {given!r}"
 
 
-def _unknown_key(path: Key) -> str:
-    section = _SECTIONS.get(str(path[0])) if len(path) > 1 else Suite
-    known = [*section.model_fields] if section else []
-    if len(path) == 1:
-        known += ["extends", "sweep"]
-    more = " Further parameters of an attack stand under `params`." if path[0] == "conditions" else ""
-    return f"unknown key.{did_you_mean(str(path[-1]), known)}{more}"
+def _unknown_key(schema: type[BaseModel], path: Key, file_keys: Sequence[str]) -> str:
+    """What was meant, among the keys of the mapping that the unknown one stands in."""
+    section = _section(schema, path[:-1])
+    known = [*section.model_fields, *(file_keys if len(path) == 1 else ())] if section else []
+    hint = getattr(section, "unknown_key_hint", "")
+    return f"unknown key.{did_you_mean(str(path[-1]), known)}{hint}"
+
+
+def _section(schema: type[BaseModel], path: Key) -> type[BaseModel] | None:
+    """The model that `path` leads to; a list is one of one model."""
+    here: type[BaseModel] | None = schema
+    for part in path:
+        if here is not None and isinstance(part, str):
+            field = here.model_fields.get(part)
+            here = _model_in(field.annotation) if field else None
+    return here
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The one model inside `Part`, `Part | None` or `tuple[Part, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
@@ -83,8 +101,12 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
     if suite.data.name != "auto" and suite.data.name not in registry.datasets:
         yield problem(("data", "name"), _unknown("data set", suite.data.name, ["auto", *registry.datasets]))
     used = suite.data.name != "phantom"  # which is generated, whatever the environment names
-    if used and suite.data.root and not Path(suite.data.root).expanduser().is_dir():
-        yield problem(("data", "root"), f"no such folder: {suite.data.root}")
+    if used and suite.data.root:
+        root = Path(suite.data.root).expanduser()
+        if not root.is_dir():
+            yield problem(("data", "root"), f"no such folder: {suite.data.root}")
+        elif suite.data.split_file and not (root / suite.data.split_file).is_file():
+            yield problem(("data", "split_file"), f"no such file: {root / suite.data.split_file}")
     if message := _phantom_problem(suite.data.phantom):
         yield problem(("data", "phantom"), message)
     for i, model in enumerate(suite.models):

@@ -9,16 +9,15 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from ..core.errors import Problem, SuiteError, did_you_mean
-from .checks import name_problems, schema_problems
-from .document import Document, Key, Place, merge, parse_path, read
+from ..core.errors import Problem, SuiteError
+from .checks import name_problems, validated
+from .document import Document, Key, merge, parse_path
+from .layers import Kind, Override, apply, in_order, parse_sets
 from .schema import Suite
 
 ENVIRONMENT: Mapping[str, str] = {
@@ -33,15 +32,6 @@ ENVIRONMENT: Mapping[str, str] = {
 """Environment variable -> the key it sets, where it is set and not empty."""
 
 EPS, HEADLINE = ("threat", "eps"), ("threat", "headline")
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """A value from outside the file. `origin` is where the user wrote it: `--set`, `--seed`, `$SAFEMED_SEED`."""
-
-    path: Key
-    value: Any
-    origin: str
 
 
 def load_suite(
@@ -69,15 +59,13 @@ def load_suites(
     """
     env = os.environ if env is None else env
     problems: list[Problem] = []
-    file = find_suite(str(path))
-    document = _with_bases(file, env, problems, ())
-    document.value.setdefault("name", file.stem)
-    outside = [*_from_environment(env), *_from_set(overrides, problems), *flags]
+    document = SUITES.read(str(path), env, problems)
+    outside = [*_from_environment(env), *parse_sets(overrides, problems), *flags]
     axes = _axes(document, [override.path for override in outside], problems)
     _apply(document, outside, problems)
     suites = [_validated(variant, problems) for variant in _variants(document, axes, problems)]
     if problems:
-        raise SuiteError(sorted(set(problems), key=lambda p: (p.file, p.line, p.column, p.key)))
+        raise SuiteError(in_order(problems))
     return [suite for suite in suites if suite is not None]
 
 
@@ -86,88 +74,36 @@ def dump_suite(suite: Suite) -> str:
     return yaml.safe_dump(suite.to_dict(), sort_keys=False, allow_unicode=True, width=110)
 
 
-def suite_folders() -> list[Path]:
-    """Where suites are looked up by name: `suites/` here, then beside the package."""
-    return [Path("suites"), Path(__file__).resolve().parents[2] / "suites"]
-
-
 def shipped_suites() -> dict[str, Path]:
-    """Name -> file of every suite in the suite folders; the nearer folder wins."""
-    return {p.stem: p for folder in reversed(suite_folders()) for p in sorted(folder.glob("*.yaml"))}
+    """Name -> file of every suite in `suites/`, here and beside the package; the nearer folder wins."""
+    return SUITES.shipped()
 
 
 def find_suite(reference: str, beside: Path | None = None) -> Path:
     """A path (also relative to `beside`), with or without .yaml, or a shipped name. Raises SuiteError."""
-    written = Path(reference).expanduser()
-    for candidate in (written, written.with_name(written.name + ".yaml")):
-        at = candidate if beside is None else beside / candidate
-        if at.is_file():
-            return at
-    shipped = shipped_suites()
-    if reference in shipped:
-        return shipped[reference]
-    close = did_you_mean(written.stem, [*shipped])
-    raise SuiteError([Problem(reference, 0, 0, "", f"no such suite, neither a file nor a shipped name.{close}")])
+    return SUITES.find(reference, beside)
 
 
-def _with_bases(file: Path, env: Mapping[str, str], problems: list[Problem], below: tuple[Path, ...]) -> Document:
-    """The file over everything it extends. A suite's name is its own: it is not inherited."""
-    document = read(file, _shown(file), env, problems)
-    reference = document.value.pop("extends", None)
-    if reference is None:
-        return document
-    place = document.place(("extends",))
-    chain = (*below, file.resolve())
-    result = Document()
-    for name in reference if isinstance(reference, list) else [reference]:
-        if not isinstance(name, str):
-            raise SuiteError([Problem(*place, "extends", f"must be a file or suite name, not {name!r}")])
-        try:
-            base = find_suite(name, file.parent)
-        except SuiteError as error:
-            raise SuiteError([Problem(*place, "extends", f"'{name}': {error.problems[0].message}")]) from error
-        if base.resolve() in chain:
-            ring = " -> ".join(p.name for p in (*chain[chain.index(base.resolve()) :], base))
-            raise SuiteError([Problem(*place, "extends", f"goes in a circle: {ring}")])
-        inherited = _with_bases(base, env, problems, chain)
-        inherited.value.pop("name", None)
-        result = merge(result, inherited)
-    threat = document.value.get("threat")
+def _over(base: Document, top: Document) -> Document:
+    """`top` over `base`, whose headline belonged to its own eps."""
+    threat = top.value.get("threat")
     if isinstance(threat, dict) and "eps" in threat:
-        result.drop(HEADLINE)  # it belonged to the other list of eps
-    return merge(result, document)
+        base.drop(HEADLINE)
+    return merge(base, top)
+
+
+SUITES = Kind("suite", Path("suites"), _over)
 
 
 def _from_environment(env: Mapping[str, str]) -> Iterable[Override]:
     return [Override(parse_path(key), env[name], f"${name}") for name, key in ENVIRONMENT.items() if env.get(name)]
 
 
-def _from_set(items: Sequence[str], problems: list[Problem]) -> list[Override]:
-    result = []
-    for item in items:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            problems.append(Problem("--set", 0, 0, item, "must be written key.path=value"))
-            continue
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            what = getattr(error, "problem", None) or error
-            problems.append(Problem("--set", 0, 0, key, f"the value is not YAML: {what}"))
-            continue
-        result.append(Override(parse_path(key.strip()), value, "--set"))
-    return result
-
-
 def _apply(document: Document, overrides: Sequence[Override], problems: list[Problem]) -> None:
     paths = [override.path for override in overrides]
     if EPS in paths and HEADLINE not in paths:
         document.drop(HEADLINE)
-    for override in overrides:
-        try:
-            document.set(override.path, override.value, Place(override.origin))
-        except KeyError as error:
-            problems.append(Problem(override.origin, 0, 0, ".".join(map(str, override.path)), error.args[0]))
+    apply(document, overrides, problems)
 
 
 def _axes(document: Document, fixed: Sequence[Key], problems: list[Problem]) -> dict[str, list[Any]]:
@@ -215,19 +151,7 @@ def _plain(value: Any) -> str:
 
 def _validated(document: Document, problems: list[Problem]) -> Suite | None:
     told = {(p.file, p.line, p.column) for p in problems if p.line}
-    try:
-        suite = Suite.model_validate(document.value)
-    except ValidationError as error:
-        found = schema_problems(error, document)
-        problems += [p for p in found if (p.file, p.line, p.column) not in told or p.line <= 1]
-        return None
-    problems += [p for p in name_problems(suite, document) if (p.file, p.line, p.column) not in told]
+    suite = validated(Suite, document, problems, ("extends", "sweep"))
+    if suite is not None:
+        problems += [p for p in name_problems(suite, document) if (p.file, p.line, p.column) not in told]
     return suite
-
-
-def _shown(path: Path) -> str:
-    """Relative to the working folder where it lies in it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

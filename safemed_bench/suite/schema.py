@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -30,6 +30,9 @@ class DataSpec(_Part):
     scheme: Literal["auto", "file", "record", "medr1", "image_disjoint", "rebalanced"] = Field(
         default="auto", description="How questions are split; auto takes splits.json, then the records' own split."
     )
+    split_file: Text | None = Field(
+        default=None, description="Lists of question ids for scheme file, below root; by default splits.json."
+    )
     per_modality: CountOrAll = Field(
         default=25, description="Questions per modality, stratified by question type; `all` for the whole split."
     )
@@ -47,10 +50,18 @@ class DataSpec(_Part):
         default_factory=dict, description="Phantom only: seed, images per modality and split, difficulty."
     )
 
-    @field_validator("root", mode="before")
+    @field_validator("root", "split_file", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
+
+    @field_validator("split_file")
+    @classmethod
+    def _fits_the_scheme(cls, value: str | None, info: ValidationInfo) -> str | None:
+        scheme = info.data.get("scheme", "file")
+        if value is not None and scheme not in ("auto", "file", "rebalanced"):
+            raise ValueError(f"the scheme is {scheme}; a split file belongs to `scheme: file`")
+        return value
 
     @field_validator("filter", mode="before")
     @classmethod
@@ -136,6 +147,8 @@ class ModelSpec(_Part):
 
 class ConditionSpec(_Part):
     """A word (clean, blank, shuffled, noise), or a mapping with `attack`."""
+
+    unknown_key_hint: ClassVar[str] = " Further parameters of an attack stand under `params`."
 
     kind: Literal["clean", "blank", "shuffled", "noise", "attack"] = Field(description="What is done to the image.")
     attack: Text | None = Field(default=None, description="Registered attack.")

@@ -102,6 +102,7 @@ def _folder(config: DataConfig, split: str) -> Corpus:
         root=config.root,
         split=split,
         scheme=config.scheme,
+        split_file=config.split_file,
         per_modality="all",
         resolution=config.resolution,
         fit=config.fit,
@@ -122,8 +123,9 @@ def _folder(config: DataConfig, split: str) -> Corpus:
 
 
 def stated_rationale(question: Question) -> str:
-    """A chain of thought for data without one: it names the answer's text, then the letter."""
-    return f"this image shows {question.options[question.answer]} . so {LETTERS[question.answer]}"
+    """A chain of thought for data without one, in the phantom's form: what kind of image, then answer and letter."""
+    answer = question.options[question.answer]
+    return f"this image is {question.modality} . so {answer} {LETTERS[question.answer]}"
 
 
 def shuffled_options(question: Question, rng: np.random.Generator) -> Question:

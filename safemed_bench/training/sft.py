@@ -24,7 +24,7 @@ from .checkpoint import Checkpoints, load_start, save_entry
 from .config import StageConfig, TaskConfig, TrainConfig
 from .data import Corpus, augmented, load_corpus, shuffled_options
 from .log import TrainLog
-from .tasks import Example, binding_example, caption_example, question_example, stated_example
+from .tasks import Example, binding_example, caption_example, open_example, question_example, stated_example
 from .validate import validate
 
 
@@ -146,6 +146,8 @@ def _batch(
     rows = rng.integers(len(corpus), size=size)
     if task.kind == "caption":
         kind, examples = task.kind, [caption_example(vlm, corpus.captions[row]) for row in rows]
+    elif task.kind == "open":
+        kind, examples = task.kind, [open_example(vlm, corpus.questions[row]) for row in rows]
     else:
         examples = [_example(vlm, corpus, task, int(row), rng) for row in rows]
     canvas = corpus.canvases(rows)

@@ -53,6 +53,12 @@ def caption_example(model: TextModel, caption: str) -> Example:
     return Example(CAPTION_REQUEST, reply, (1.0,) * len(reply))
 
 
+def open_example(model: TextModel, question: Question) -> Example:
+    """The question without its options; the reply is the answer's text, so that it is known before any letter is."""
+    reply = (*model.encode(f" {question.options[question.answer]}"), model.end_of_turn)
+    return Example(question.question, reply, (1.0,) * len(reply))
+
+
 QUERIES = 8
 
 
