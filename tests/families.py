@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import (
     Gemma3Config,
@@ -69,10 +69,18 @@ def build(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _tokenizer(specials: list[str], *, bos: str | None = None, **roles: Any) -> PreTrainedTokenizerFast:
+_QWEN_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+"""Qwen's way to part text: a sign sticks to the word after it, so that `>A` becomes one token."""
+
+
+def _tokenizer(
+    specials: list[str], *, words: str | None = None, bos: str | None = None, **roles: Any
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE that spells any text; with `bos` it puts that token first, as Llama's and Gemma's do."""
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parted = [pre_tokenizers.Split(Regex(words), "isolated")] if words else []
+    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parted, spelt])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
@@ -80,7 +88,9 @@ def _tokenizer(specials: list[str], *, bos: str | None = None, **roles: Any) -> 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["what is shown in the image answer think the letter"] * 3, trainer)
+    tokenizer.train_from_iterator(
+        ["what is shown in the image answer think the letter <answer>A <answer>B <answer>C <answer>D"] * 3, trainer
+    )
     if bos is not None:
         number = tokenizer.token_to_id(bos)
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -100,7 +110,7 @@ def _seeded(model_class: Any, config: Any, seed: int, ids: dict[str, int]) -> An
 def _qwen(family: str, seed: int) -> tuple[Any, Any]:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     specials += ["<|image_pad|>", "<|video_pad|>"]
-    tokenizer = _tokenizer(specials, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer = _tokenizer(specials, words=_QWEN_WORDS, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     number = tokenizer.convert_tokens_to_ids
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1024, "longest_edge": 1 << 20}

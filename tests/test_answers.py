@@ -1,9 +1,11 @@
 """Strict extraction: what is not in the asked form is invalid, and a cut-off reply is told apart."""
 
+import re
+
 import pytest
 
 from safemed_bench.core.types import Question
-from safemed_bench.models.answers import extract, rationale_of
+from safemed_bench.models.answers import extract, fork, split_at_letter
 from safemed_bench.models.prompts import PROMPTS, get_prompt, problem_text
 
 QUESTION = Question("q", "", "", "What is shown?", ("cyst, simple", "normal"), 1, "CT", "t", "s", "test")
@@ -53,6 +55,24 @@ def test_problem_text_is_med_r1s_layout():
     assert problem_text(QUESTION) == "What is shown? A) cyst, simple, B) normal"
 
 
-def test_rationale_is_what_stands_in_think():
-    assert rationale_of("<think>a\nb</think><answer>A</answer>") == "a\nb"
-    assert rationale_of("<answer>A</answer>") is None
+def test_a_reply_is_split_around_its_letter():
+    assert split_at_letter("<think>A or B</think> <answer> B </answer>") == (
+        "<think>A or B</think> <answer> ",
+        " </answer>",
+    )
+    assert split_at_letter("B") is None
+
+
+def _merging(text):
+    """A tokenizer that takes a sign together with the letter after it, as Qwen's does with `>A`."""
+    return [hash(part) for part in re.findall(r"[^\w\s]?\w+|[^\w\s]| ", text)]
+
+
+@pytest.mark.parametrize(
+    ("head", "tail"), [("<answer>", "</answer>"), ("<think>x</think> <answer> ", " </answer>"), ("", "")]
+)
+def test_letters_are_found_where_a_tokenizer_parts_them(head, tail):
+    tokens, letters = fork(_merging, head, tail)
+    assert len(set(letters)) == 4
+    for letter, token in zip("ABCD", letters, strict=True):
+        assert [*tokens, token] == _merging(head + letter + tail)[: len(tokens) + 1]

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from safemed_bench.core.errors import ModelError
 from safemed_bench.core.types import Question
 from safemed_bench.models import load_model
+from safemed_bench.models.answers import fork
 
 STEMS = (
     "What is shown?",
@@ -74,6 +75,25 @@ def batch(family, model):
 def test_self_check_passes(model, batch):
     found = model.self_check(batch)
     assert found["map"] <= 1e-5 and found["batching"] <= 1e-4 and found["gradient"] <= 0.05
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_self_check_passes_in_half_precision(family, folder, dtype):
+    """Loading checks itself; the finite difference must not drown in rounding."""
+    assert next(load(family, folder, dtype=dtype).model.parameters()).dtype in (torch.bfloat16, torch.float16)
+
+
+def test_letters_may_be_merged_with_what_stands_before_them(family, model, batch):
+    """Qwen's tokenizers have `>A`; the scores of the letters are those of whole replies."""
+    with torch.no_grad():
+        scores = model.option_logits(batch, batch.pixels)
+        for k, letter in enumerate("AB"):
+            tokens = model.encode(f"<answer>{letter}</answer>")
+            stem = model.encode("<answer>A</answer>")
+            same = next(i for i in range(len(tokens)) if model.encode("<answer>B</answer>")[i] != stem[i])
+            one = torch.tensor([[tokens[same]]] * len(batch))
+            direct = model.next_token_logits(batch, batch.pixels, [tokens[:same]] * len(batch), one)
+            assert torch.allclose(scores[:, k], direct[:, 0], atol=1e-5)
 
 
 def test_weights_are_those_of_the_folder(model, folder):
@@ -135,8 +155,8 @@ def test_option_logits_equal_the_stock_forward(model, batch):
     """Positions, token types and pixels as the stock model itself would make them of the processor's output."""
     question = questions()[1]
     one = model.prepare([question], batch.canvas[1:2])
-    prefix = torch.tensor([model.encode(model.answer_prefix())], dtype=torch.long)
-    ids = torch.cat([one.inputs["input_ids"], prefix], 1)
+    tokens, letters = fork(model.encode, model.answer_prefix(), model.prompt.closing)
+    ids = torch.cat([one.inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
     image = batch.canvas[1].permute(1, 2, 0).numpy()
     inputs = model.processor.image_processor([image], return_tensors="pt")
     extras = {k: v for k, v in inputs.items() if k not in model.processor.unused_input_names}
@@ -145,8 +165,7 @@ def test_option_logits_equal_the_stock_forward(model, batch):
             input_ids=ids, attention_mask=torch.ones_like(ids), **model.chat.token_types(ids), **extras
         ).logits[0, -1]
         ours = model.option_logits(one, one.pixels)[0]
-    letters = [model.encode(model.answer_prefix() + letter)[prefix.shape[1]] for letter in "ABC"]
-    assert (stock.log_softmax(-1)[letters] - ours).abs().max() <= 1e-4
+    assert (stock.log_softmax(-1)[list(letters[:3])] - ours).abs().max() <= 1e-4
 
 
 def test_gradient_reaches_every_image_and_only_its_own(model, batch):

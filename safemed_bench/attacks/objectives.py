@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core.types import Answer
+from ..models.answers import split_at_letter
 from ..models.base import Batch, Text, VisionLanguageModel
 from .base import Objective, Prepared, Reading
 from .slots import find_slot
@@ -130,8 +131,8 @@ class _Either(Prepared):
 
 def _rationale_prefix(model: VisionLanguageModel, answer: Answer) -> str:
     """The model's own reply up to the place of its letter; its plain answer prefix where there is none."""
-    head, tag, _ = answer.text.partition("<answer>")
-    return head + tag if tag else model.answer_prefix()
+    found = split_at_letter(answer.text)
+    return found[0] if found else model.answer_prefix()
 
 
 def _own_tokens(model: VisionLanguageModel, answer: Answer) -> tuple[int, ...]:

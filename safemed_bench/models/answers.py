@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 
 from ..core.types import LETTERS, Status
 from .prompts import Prompt
@@ -32,7 +33,19 @@ def extract(text: str, prompt: Prompt, n_options: int, *, finished: bool) -> tup
     return None, "invalid" if finished else "truncated"
 
 
-def rationale_of(text: str) -> str | None:
-    """What stands inside `<think>`, None where there is no closed one."""
-    match = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    return match[1] if match else None
+def split_at_letter(text: str) -> tuple[str, str] | None:
+    """What stands before and after the first letter in `<answer>` tags; None where there is no such letter."""
+    match = _TAGGED.search(text)
+    return (text[: match.start(1)], text[match.end(1) :]) if match else None
+
+
+def fork(encode: Callable[[str], Sequence[int]], head: str, tail: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a tokenizer parts the letters: tokens common to `head A tail`, `head B tail`, ..., and the next of each.
+
+    A letter is not a token of its own everywhere (Qwen's has `>A`), so the place is found from whole replies.
+    """
+    rows = [tuple(encode(head + letter + tail)) for letter in LETTERS]
+    common = 0
+    while len({row[common] for row in rows}) == 1:
+        common += 1
+    return rows[0][:common], tuple(row[common] for row in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from ..core.errors import ModelError
-from ..core.types import LETTERS, Answer, Question
-from .answers import extract
+from ..core.types import Answer, Question
+from .answers import extract, fork, split_at_letter
 from .attention import use_packed_vision_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
@@ -55,6 +56,7 @@ class HuggingFaceVLM:
         self.chat = ChatFormat(processor, resolution)
         self._mrope: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         self._head_on_slice = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
+        self._fork = lru_cache(maxsize=4096)(partial(fork, self.encode))
         self._end_ids = _end_ids(model, self.tokenizer)
         use_packed_vision_attention(model)
         _use_linear_patches(model)
@@ -68,6 +70,8 @@ class HuggingFaceVLM:
         Raises ModelError where files are missing or broken, or where the probe refuses the processor.
         """
         wanted = _dtype(dtype, device)
+        if wanted == torch.float32:
+            torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in patch convolutions too
         try:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(card.path, dtype=wanted, output_loading_info=True)
         except LOAD_ERRORS as error:
@@ -199,16 +203,21 @@ class HuggingFaceVLM:
 
     def option_logits(self, batch: Batch, pixels: Tensor, text: Sequence[Text] | None = None) -> Tensor:
         """(B, K) log-probabilities of the options' letters after `text` (default `answer_prefix()`)."""
-        prefix = [self.answer_prefix()] * len(batch) if text is None else text
-        return self.next_token_logits(batch, pixels, prefix, self._letter_ids(batch))
+        heads = [self.answer_prefix()] * len(batch) if text is None else [self._as_text(t) for t in text]
+        return self._letter_scores(batch, self.pixel_values(pixels), [(h, self.prompt.closing) for h in heads])
 
-    def _letter_ids(self, batch: Batch) -> Tensor:
-        """(B, K) token id of each option's letter where it follows the answer prefix; -1 where there is no option."""
-        prefix = self.answer_prefix()
-        before = len(self.encode(prefix))
-        letters = [self.encode(prefix + letter)[before] for letter in LETTERS]
+    def _as_text(self, text: Text) -> str:
+        return text if isinstance(text, str) else self.decode_text(text)
+
+    def _letter_scores(self, batch: Batch, pixel_values: Tensor | None, around: Sequence[tuple[str, str]]) -> Tensor:
+        """(B, K) log-probabilities of the letters between the given texts, -inf where an option is absent."""
+        forks = [self._fork(head, tail) for head, tail in around]
         count = max(len(q.options) for q in batch.questions)
-        return torch.tensor([[letters[k] if k < len(q.options) else -1 for k in range(count)] for q in batch.questions])
+        candidates = [
+            [letters[k] if k < len(q.options) else -1 for k in range(count)]
+            for (_, letters), q in zip(forks, batch.questions, strict=True)
+        ]
+        return self._score(batch, pixel_values, [tokens for tokens, _ in forks], torch.tensor(candidates))
 
     def token_loss(
         self,
@@ -249,9 +258,8 @@ class HuggingFaceVLM:
             extract(self.decode_text(reply), self.prompt, len(q.options), finished=done)
             for (reply, done), q in zip(replies, batch.questions, strict=True)
         ]
-        prefixes = [self._up_to_letter(reply) for reply, _ in replies]
         values = processed["pixel_values"] if self.prompt.image else None
-        scores = self._score(batch, values, prefixes, self._letter_ids(batch))
+        scores = self._letter_scores(batch, values, [self._around_letter(reply) for reply, _ in replies])
         answers = []
         for (reply, _), (index, status), row, q in zip(replies, extracted, scores, batch.questions, strict=True):
             logprobs = tuple(row[: len(q.options)].tolist())
@@ -270,13 +278,10 @@ class HuggingFaceVLM:
         images = (pixels.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return {k: v.to(self.device) for k, v in self._process(list(images)).items()}
 
-    def _up_to_letter(self, reply: Sequence[int]) -> Text:
-        """The reply up to the place of its letter; the plain answer prefix where it has none (or needs none)."""
-        if not self.reasons:
-            return self.answer_prefix()
-        text = self.decode_text(reply)
-        head, tag, _ = text.partition("<answer>")
-        return head + tag if tag else self.answer_prefix()
+    def _around_letter(self, reply: Sequence[int]) -> tuple[str, str]:
+        """What stands around the letter of a reasoned reply; the plain form where it has none, or needs none."""
+        found = split_at_letter(self.decode_text(reply)) if self.reasons else None
+        return found or (self.answer_prefix(), self.prompt.closing)
 
     def _generate(self, batch: Batch, processed: dict[str, Tensor]) -> list[tuple[tuple[int, ...], bool]]:
         """Greedy continuation of each prompt without its end token, and whether it ended by itself."""
@@ -294,6 +299,8 @@ class HuggingFaceVLM:
             max_new_tokens=self.card.max_new_tokens,
             do_sample=False,
             num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             temperature=None,
             top_p=None,
             top_k=None,

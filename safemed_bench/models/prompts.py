@@ -31,9 +31,14 @@ class Prompt:
         think = f"<think>{rationale or ''}</think>" if self.reasons else ""
         return think + ("<answer>" if self.tagged else "")
 
+    @property
+    def closing(self) -> str:
+        """What follows the letter."""
+        return "</answer>" if self.tagged else ""
+
     def reply(self, letter: str, rationale: str | None = None) -> str:
         """The whole reply that this wording asks for; the target of supervised fine-tuning."""
-        return self.answer_prefix(rationale) + letter + ("</answer>" if self.tagged else "")
+        return self.answer_prefix(rationale) + letter + self.closing
 
 
 def problem_text(question: Question) -> str:
