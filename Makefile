@@ -24,7 +24,6 @@ export HF_HUB_OFFLINE ?= 1
 
 demo: $(INSTALLED)
 	@$(BIN)/safemed-bench run $(SUITE) $(ARGS)
-	@case "$(ARGS)" in *--output*) ;; *) echo "report folder: reports/$(basename $(notdir $(SUITE)))" ;; esac
 
 install: $(INSTALLED)
 	@:

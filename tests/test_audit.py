@@ -37,6 +37,8 @@ def test_counts_of_a_small_folder(tmp_path: Path) -> None:
     assert (result.records, result.questions, result.images, result.images_found) == (6, 5, 4, 4)
     assert result.by_modality == {"CT": 3, "Ultrasound": 1, "Thermography": 1}
     assert result.by_options == {"4": 4, "3": 1}
+    assert result.types_by_modality["CT"] == {"Disease Diagnosis": 3}
+    assert result.options_by_modality["CT"] == {"3": 1, "4": 2} and result.options_by_modality["Ultrasound"]["3"] == 0
     assert result.chance == pytest.approx((4 / 4 + 1 / 3) / 5)
     assert (result.repeated_options, result.comma_options, result.modality_key) == (1, 5, 1)
     assert (result.duplicate_images, result.images_broken) == (1, 1)
@@ -55,6 +57,14 @@ def test_counts_of_a_small_folder(tmp_path: Path) -> None:
 def test_a_clean_folder_says_so(tmp_path: Path) -> None:
     result = audit(write_root(tmp_path, [record(n) for n in range(40)]))
     assert result.usable and "No broken file, record or image." in text(result)
+
+
+def test_a_scheme_that_leaves_questions_out_says_how_many(tmp_path: Path) -> None:
+    rows = [record(n, split=("train", "test")[n % 2], medr1_split=(None, "test")[n % 2]) for n in range(40)]
+    result = audit(write_root(tmp_path, rows))
+    assert (result.scheme("medr1").left_out, result.scheme("record").left_out) == (20, 0)
+    assert result.usable, "a scheme nobody asked for is no fault of the data"
+    assert "left out" in text(result)
 
 
 def test_a_broken_file_is_a_problem_and_the_rest_is_counted(tmp_path: Path) -> None:
@@ -98,6 +108,13 @@ def test_mini_agrees_with_its_readme(shared_data: Path) -> None:
         "Brain MRI Tumor Detection": 328,
         "Chest X-Ray PA": 225,
     }
+    assert result.types_by_modality["Ultrasound"] == {
+        "Disease Diagnosis": 488,
+        "Anatomy Identification": 158,
+        "Modality Recognition": 166,
+    }
+    assert result.options_by_modality["MRI"] == {"2": 196, "3": 0, "4": 132}
+    assert result.scheme("medr1").left_out == 812 + 328, "the derived questions of BUSI and Brain MRI"
     assert result.images_by_modality["X-Ray"] == 999 and result.duplicate_images == 999 - 776
     scheme = result.scheme("file")
     assert scheme.questions["test"] == 1241 and scheme.questions["train"] + scheme.questions["validation"] == 2097
@@ -125,6 +142,18 @@ def test_public_questions_agree_with_their_readme(public: Audit) -> None:
         "Lesion Grading": 2098,
     }
     assert public.by_options == {"4": 63974, "2": 6792, "3": 122}
+    for total, crossed in (
+        (public.by_type, public.types_by_modality),
+        (public.by_options, public.options_by_modality),
+    ):
+        assert {row: sum(held.values()) for row, held in crossed.items()} == public.by_modality
+        assert {name: sum(held[name] for held in crossed.values()) for name in total} == total
+    printed = text(public)
+    row = next(line for line in printed.splitlines() if "Fundus" in line and "122" in line)
+    assert [w.strip() for w in row.strip("│ ").split("│")][1:] == [
+        *("769", "439", "1,190", "1,170", "1,830"),
+        *("439", "122", "4,837"),
+    ]
     assert len(public.by_source) == 42 and public.by_source["RadImageNet"] == 38589 and public.by_source["MIAS"] == 142
 
 

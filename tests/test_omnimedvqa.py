@@ -20,6 +20,7 @@ from safemed_bench.datasets import load, medr1, omnimedvqa
 from safemed_bench.datasets.base import fingerprint
 from safemed_bench.datasets.images import inspect_files, load_canvas
 from safemed_bench.datasets.modalities import normalise
+from safemed_bench.run.provenance import describe
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:
@@ -325,6 +326,42 @@ def test_fingerprint_depends_on_content_not_on_order(tmp_path: Path) -> None:
     assert fingerprint(data.questions[:2]) != data.fingerprint
 
 
+def test_text_prior_is_learnt_on_train_and_changes_no_fingerprint(tmp_path: Path) -> None:
+    rows = [record(n, split="train", option_A="a stone", option_C="nothing") for n in range(6)]
+    rows += [record(6, split="test"), record(7, split="test", gt_answer="a scar")]
+    root = write_root(tmp_path, rows)
+    data = load(spec(root))
+    assert data.text_prior == {"Toy_0006": True, "Toy_0007": False}
+    assert data.fingerprint == fingerprint(data.questions)
+    for n in range(6):
+        (root / f"Images/Toy/{n}.png").unlink()
+    assert load(spec(root)).text_prior == data.text_prior, "no train image is looked at"
+    assert load(spec(root, per_modality=1)).text_prior.keys() < data.text_prior.keys()
+
+
+def test_no_text_prior_without_a_train_split_of_its_own(tmp_path: Path) -> None:
+    root = write_root(tmp_path, [record(n, split="test") for n in range(3)])
+    assert load(spec(root)).text_prior == {}
+    write_root(root, [record(n, split="train") for n in range(60)])
+    assert load(spec(root, split="train")).text_prior == {}, "its own training questions tell nothing"
+
+
+def test_mini_text_prior_is_that_of_its_audit(shared_data: Path) -> None:
+    data = load(spec(shared_data / "omnimed_mini"))
+    assert data.text_prior.keys() == {q.id for q in data.questions}
+    assert 0.75 < sum(data.text_prior.values()) / len(data) < 0.85
+
+
+def test_run_file_holds_the_text_prior_of_each_question(tmp_path: Path) -> None:
+    rows = [record(n, split=("test", "train")[n % 2]) for n in range(8)]
+    data = load(spec(write_root(tmp_path, rows)))
+    threat = SimpleNamespace(norm="linf", headline=None)
+    suite = SimpleNamespace(name="s", title="", threat=threat)
+    plan = SimpleNamespace(suite=suite, dataset=data, notes=(), cards=(), cells=())
+    told = {q["id"]: q["text_prior"] for q in describe(plan)["questions"]}  # type: ignore[arg-type]
+    assert told == data.text_prior and set(told.values()) == {True}
+
+
 def test_to_hf_keeps_text_and_images(tmp_path: Path) -> None:
     rows = [record(1, split="test"), record(2, split="test", option_D=None)]
     root = write_root(tmp_path, rows)
@@ -342,6 +379,8 @@ def test_phantom_is_the_default_and_is_made_once(tmp_path: Path) -> None:
     assert data.name == "phantom" and "phantom (generated images, seed 0)" in data.stamp
     assert {q.modality for q in data.questions} == set(MODALITIES) and len(data) == 32
     assert not data.problems and {q.split for q in data.questions} == {"validation"}
+    hits = load(spec(None, split="validation", phantom={"validation": 60}), tmp_path).text_prior
+    assert len(hits) > 200 and sum(hits.values()) / len(hits) < 0.45, "its words give little away"
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     assert load(asked, tmp_path) == data
     assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}

@@ -113,6 +113,21 @@ def test_chance_and_image_gain(mini: dict[str, Any]) -> None:
     assert not has(mini, "blank", "chance") and not has(mini, "pgd@linf:4/255", "image_gain")
 
 
+def test_text_prior_is_of_the_questions_with_a_clean_verdict(tmp_path: Path) -> None:
+    hits = (True, False, True, None, True, True)
+    questions = [{"id": f"q{i}", "modality": MODALITY[f"q{i}"], "text_prior": hit} for i, hit in enumerate(hits)]
+    records = [*cell("cot", "clean", "11111e"), *cell("cot", "blank", "000000")]
+    summary = summarise(write_run(tmp_path, records, {"questions": questions}))
+    prior = value(summary, "clean", "text_prior")
+    assert (prior["value"], prior["n"], prior["method"]) == (0.75, 4, "wilson")  # q3 has no hit, q5 no verdict
+    assert value(summary, "clean", "text_prior", "CT")["value"] == round(2 / 3, 6)
+    assert not has(summary, "blank", "text_prior")
+
+
+def test_no_text_prior_where_none_is_known(mini: dict[str, Any]) -> None:
+    assert has(mini, "clean", "chance") and not has(mini, "clean", "text_prior")
+
+
 def test_worst_cases(mini: dict[str, Any]) -> None:
     assert value(mini, "pgd[answer]@linf:4/255", "accuracy")["value"] == 0.5
     assert value(mini, "pgd@linf:4/255", "accuracy")["value"] == round(1 / 6, 6)

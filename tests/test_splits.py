@@ -94,14 +94,21 @@ def test_record_scheme_and_the_validation_it_lacks(tmp_path: Path) -> None:
     assert [name for name, split in own.items() if split == "validation"] == ["Toy_0001"]
 
 
-def test_medr1_marks_lead_and_hash_fills_in(tmp_path: Path) -> None:
+def test_medr1_marks_lead_and_an_unmarked_question_is_left_out(tmp_path: Path) -> None:
     rows = [record(n, medr1_split=("train", "test", None)[n % 3]) for n in range(300)]
-    found = by_id(omnimedvqa.read(write_root(tmp_path, rows, images=False)), "medr1")
+    contents = omnimedvqa.read(write_root(tmp_path, rows, images=False))
+    found = by_id(contents, "medr1")
     for row in rows:
-        if (mark := row.get("medr1_split")) is not None:
-            assert found[row["question_id"]] == mark or (mark == "train" and found[row["question_id"]] == "validation")
-    unmarked = [found[r["question_id"]] for r in rows if "medr1_split" not in r]
-    assert 8 <= unmarked.count("test") <= 35
+        mark, split = row.get("medr1_split", ""), found[row["question_id"]]
+        assert split == mark or (mark, split) == ("train", "validation")
+    (problem,) = splits.assign(contents, "medr1")[1]
+    assert problem.message.startswith("100 questions have no mark of Med-R1's split and are left out")
+
+
+def test_medr1_without_any_mark_is_a_fifth_by_hash(tmp_path: Path) -> None:
+    contents = omnimedvqa.read(write_root(tmp_path, [record(n) for n in range(300)], images=False))
+    assert 35 <= list(by_id(contents, "medr1").values()).count("test") <= 90
+    assert not splits.assign(contents, "medr1")[1]
 
 
 def test_file_scheme(tmp_path: Path) -> None:
@@ -259,6 +266,16 @@ def test_rebalanced_modality_questions_offer_other_modalities() -> None:
 def test_rebalanced_keeps_options_where_no_other_answer_exists() -> None:
     rows = [question(1), question(2)]
     assert list(rebalance(rows)) == rows
+
+
+def test_splits_and_selection_are_the_ones_that_were_published(tmp_path: Path) -> None:
+    """Fixed once and for all: another hash or order would silently change every reported number."""
+    contents = omnimedvqa.read(write_root(tmp_path, [record(n) for n in range(60)], images=False))
+    found = by_id(contents, "image_disjoint")
+    assert [name[-2:] for name, split in found.items() if split == "test"] == (
+        ["03", "05", "08", "12", "16", "21", "24", "29", "31", "36", "39", "42", "44"]
+    )
+    assert [q.id for q in stratified(strata(), 2)] == ["CT30", "MRI51", "Odd38", "CT65", "MRI80", "Odd63"]
 
 
 def test_lookup_and_letter_priors() -> None:

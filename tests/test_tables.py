@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from safemed_bench.core.journal import to_line
 from safemed_bench.core.types import Estimate, Record
 from safemed_bench.results import render, summarise
 from safemed_bench.results.formats import cell_parts, escape_latex, texts, to_csv, to_latex, to_markdown
-from safemed_bench.results.tables import Column, Numbers, Row, Table, build, condition_label, objectives, overall
+from safemed_bench.results.tables import (
+    Column,
+    Numbers,
+    Row,
+    Table,
+    build,
+    condition_label,
+    modalities,
+    objectives,
+    overall,
+)
 
 STAMP = "PHANTOM – generated images, no patients"
 LIMIT = "LIMITED: --limit 2 (50% of the suite's questions)"
@@ -71,6 +82,7 @@ def write_run(folder: Path, models: tuple[str, ...] = ("sft", "instruct", "cot")
         "headline": "linf:4/255",
         "notices": [LIMIT],
         "models": [{"name": m, "reasons": m == "cot"} for m in models],
+        "questions": [{"id": f"q{i}", "modality": MODALITIES[i % 2], "text_prior": i < 4} for i in range(10)],
     }
     (folder / "run.json").write_text(json.dumps(info))
     return folder
@@ -128,7 +140,8 @@ def test_markdown_cells_and_column_order(folder: Path) -> None:
     assert lines[0] == ["", "sft", "instruct", "cot"], "a table too wide for a page is turned"
     words = [line[0] for line in lines[2:]]
     variants = [f"{kind} {eps}" for kind in ("noise", "FGSM", "PGD", "worst") for eps in EPS]
-    assert words == ["n", "chance", "clean", "blind", "image gain", *variants, "invalid", "truncated"]
+    unread = [f"{status} {name}" for name in ("clean", "worst 4/255") for status in ("invalid", "truncated")]
+    assert words == ["n", "chance", "text prior", "clean", "blind", "image gain", *variants, *unread]
     wide = (folder / "tables" / "modalities.md").read_text()
     assert "| model | modality | n |" in wide and "FGSM" not in wide and "noise 8/255" not in wide
     assert "| 90.0 [59.6, 98.2] |" in text and "| 25.0 |" in text and "| +60.0 [" in text
@@ -216,6 +229,50 @@ def test_a_partial_run_is_shown_with_a_banner(tmp_path: Path) -> None:
     assert "PARTIAL: 6 of 20" in text and "UNKNOWN DATA" in text
     assert [t.name for t in build(made)] == ["overall", "modalities", "validity"]
     assert "(n=4)" in to_markdown(overall(Numbers(made)))
+
+
+def unreadable_under_attack(folder: Path) -> dict[str, Any]:
+    """Every clean answer is read; under attack q6 is lost to an unreadable answer and q7 to one cut off.
+
+    q8 too is unreadable in one attack, but a readable wrong answer of another loses it anyhow.
+    """
+    lost = {6: "invalid", 7: "truncated", 8: "invalid"}
+    made = [*records("cot", "clean", 9), *records("cot", "pgd[no_think]@linf:4/255", 8)]
+    for i, record in enumerate(records("cot", "pgd[answer]@linf:4/255", 6)):
+        made.append(replace(record, status=lost.get(i, "valid"), answer=None) if i in lost else record)
+    (folder / "journal.jsonl").write_bytes(b"".join(map(to_line, made)))
+    return summarise(folder)
+
+
+def test_unreadable_answers_stand_beside_the_robust_number(tmp_path: Path) -> None:
+    made = unreadable_under_attack(tmp_path)
+    statuses = ("invalid", "truncated")
+    for table, judged in (
+        (overall(Numbers(made)), ("clean", "worst 4/255")),
+        (modalities(Numbers(made)), ("worst 4/255",)),
+    ):
+        labels = [f"{status} {name}" for name in judged for status in statuses]
+        assert [c.label for c in table.columns if c.label.startswith(statuses)] == labels
+        row = dict(zip((c.label for c in table.columns), table.rows[0].cells, strict=True))
+        values = {label: e.value for label, e in row.items() if e and label in ("worst 4/255", *labels)}
+        expected = {"worst 4/255": 0.6, "invalid clean": 0, "truncated clean": 0}
+        expected |= {"invalid worst 4/255": 0.1, "truncated worst 4/255": 0.1}
+        assert values == {label: expected[label] for label in values} and len(values) == len(labels) + 1
+    for terminal in (True, False):
+        text = printed(made, terminal=terminal)
+        assert max(map(len, text.splitlines())) <= 100
+        line = next(line for line in text.splitlines() if "invalid worst 4/255" in line)
+        assert line.split()[-1] == "10.0"
+        assert "under worst, questions lost by that alone" in " ".join(text.split())
+        assert "clean answers that could not" not in text
+
+
+def test_the_text_prior_stands_beside_chance(folder: Path, summary: dict[str, Any]) -> None:
+    frame = pd.read_csv(folder / "tables" / "overall.csv", comment="#").set_index("model")
+    assert (frame["text_prior"] == 0.4).all() and (frame["text_prior_n"] == 10).all()
+    assert list(frame.columns).index("text_prior") == list(frame.columns).index("chance_n") + 1
+    text = printed(summary, terminal=False)
+    assert re.search(r"^text prior +40\.0 \[16\.8, 68\.7\]", text, re.MULTILINE)
 
 
 def test_condition_labels() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core import registry
 from ..core.errors import DataError, Problem, UsageError
@@ -13,8 +13,15 @@ from ..core.types import Question
 from .base import Dataset, cache_folder, fingerprint
 from .images import Progress, image_cache, inspect_files
 from .modalities import normalise
+from .prior import hits_by_id
+
+if TYPE_CHECKING:
+    from .phantom import PhantomSpec
 
 __all__ = ["DataSpec", "Dataset", "load"]
+
+PHANTOM_TRAIN = 2000
+"""Images of the phantom's train split whose questions the text-only prior learns on; they are not drawn for it."""
 
 
 class DataSpec(Protocol):
@@ -56,11 +63,9 @@ def load_omnimedvqa(spec: DataSpec, cache: Path, progress: Progress | None = Non
     if not spec.root:
         raise DataError("data set omnimedvqa needs a folder: give `data.root` or set SAFEMED_OMNIMEDVQA")
     root = Path(spec.root).expanduser().absolute()
-    scheme, questions, problems = _select(spec, root)
-    name = root.name or str(root)
-    return _checked(
-        f"OmniMedVQA at {name}, split {spec.split} ({scheme})", "omnimedvqa", root, questions, problems, progress
-    )
+    choice = _choose(spec, root)
+    stamp = f"OmniMedVQA at {root.name or root}, split {spec.split} ({choice.scheme})"
+    return _checked(stamp, "omnimedvqa", root, choice, progress)
 
 
 @registry.datasets.register("phantom")
@@ -81,15 +86,37 @@ def load_phantom(spec: DataSpec, cache: Path, progress: Progress | None = None) 
         prepare(root, made, splits=(spec.split,), progress=progress)
     except OSError as error:
         raise DataError(f"cannot write the generated images to {root} ({error}); set SAFEMED_CACHE") from error
-    _, questions, problems = _select(spec, root, scheme="record")
+    choice = _choose(spec, root, scheme="record")
+    if spec.split != "train":
+        choice = replace(choice, train=_phantom_train(made, root))
     stamp = f"phantom (generated images, seed {made.seed}), split {spec.split}"
-    return _checked(stamp, "phantom", root, questions, problems, progress)
+    return _checked(stamp, "phantom", root, choice, progress)
 
 
-def _select(
-    spec: DataSpec, root: Path, scheme: str | None = None
-) -> tuple[str, tuple[Question, ...], tuple[Problem, ...]]:
-    """The scheme's name, and the questions of the split that are asked, before any image is looked at."""
+def _phantom_train(made: PhantomSpec, root: Path) -> tuple[Question, ...]:
+    from .omnimedvqa import entry_of
+    from .phantom import questions_for
+
+    images = range(min(made.count("train"), PHANTOM_TRAIN))
+    records = (record for index in images for record in questions_for(made.seed, "train", index))
+    return tuple(entry_of(root, record).question for record in records)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What of a root is asked, before any image is looked at.
+
+    scheme: as stamps name it. train: questions the text-only prior learns on, of the same data and scheme; () where
+    the train split itself is asked. Where test is asked they may include validation (splits.assign).
+    """
+
+    scheme: str
+    asked: tuple[Question, ...]
+    train: tuple[Question, ...]
+    problems: tuple[Problem, ...]
+
+
+def _choose(spec: DataSpec, root: Path, scheme: str | None = None) -> _Choice:
     from . import omnimedvqa, splits
 
     contents = omnimedvqa.read(root)
@@ -107,7 +134,8 @@ def _select(
         )
     n = len(wanted) if spec.per_modality == "all" else int(spec.per_modality)
     named = f"{scheme}, {file}" if file else scheme
-    return named, splits.stratified(wanted, n), (*contents.problems, *odd)
+    train = splits.of_split(everything, "train") if spec.split != "train" else ()
+    return _Choice(named, splits.stratified(wanted, n), train, (*contents.problems, *odd))
 
 
 def _split_file(spec: DataSpec) -> str | None:
@@ -121,15 +149,9 @@ def _filtered(questions: Sequence[Question], keep: dict[str, Sequence[str]]) -> 
     return tuple(questions)
 
 
-def _checked(
-    stamp: str,
-    name: str,
-    root: Path,
-    questions: tuple[Question, ...],
-    problems: tuple[Problem, ...],
-    progress: Progress | None,
-) -> Dataset:
+def _checked(stamp: str, name: str, root: Path, choice: _Choice, progress: Progress | None) -> Dataset:
     """Look at every image that is asked about."""
+    questions = choice.asked
     facts = inspect_files((q.image for q in questions), cache=image_cache(root), progress=progress)
     if not any(f.sha256 for f in facts.values()):
         raise DataError(
@@ -138,4 +160,5 @@ def _checked(
         )
     asked = tuple(replace(q, image_sha256=facts[q.image].sha256, image_error=facts[q.image].error) for q in questions)
     broken = tuple(Problem(path, 0, 0, "", f.error) for path, f in facts.items() if f.error)
-    return Dataset(name, stamp, fingerprint(asked), asked, (*problems, *broken))
+    prior = hits_by_id(choice.train, asked)
+    return Dataset(name, stamp, fingerprint(asked), asked, (*choice.problems, *broken), prior)

@@ -32,11 +32,12 @@ class SchemeAudit:
     questions in test and also in train or validation, told by file name and by file content. shared_share: part of the
     test images that these are, by content. blind: accuracy in [0, 1] on test of the text-only lookup learnt on train
     (prior.Lookup), blind_told of the same when it is also told the modality, blind_letter of the commonest letter,
-    blind_by_modality of the plain lookup; None where train or test is empty.
+    blind_by_modality of the plain lookup; None where train or test is empty. left_out: questions in no split.
     """
 
     scheme: str
     questions: dict[str, int]
+    left_out: int
     by_modality: dict[str, dict[str, int]]
     shared_by_path: int
     shared_by_content: int
@@ -52,7 +53,8 @@ class SchemeAudit:
 class Audit:
     """All counts are of usable questions unless they say records. `images` are distinct paths, `distinct_images`
     distinct contents, `duplicate_images` the difference over the files that are there. `images_absent` is set where no
-    image is there at all: then each is not named one by one. `auto` is the scheme that `auto` stands for."""
+    image is there at all: then each is not named one by one. `auto` is the scheme that `auto` stands for, and the one
+    whose problems count; how many questions another scheme leaves out is in its `left_out`."""
 
     root: str
     layout: str
@@ -71,6 +73,8 @@ class Audit:
     chance_by_modality: dict[str, float]
     by_type: dict[str, int]
     by_options: dict[str, int]
+    types_by_modality: dict[str, dict[str, int]]
+    options_by_modality: dict[str, dict[str, int]]
     by_source: dict[str, int]
     repeated_options: int
     comma_options: int
@@ -119,7 +123,9 @@ def audit(root: str | Path, *, progress: Progress | None = None) -> Audit:
         images_by_modality=_counts(dict((q.image, q.modality) for q in questions).values(), rank),
         chance_by_modality=_means((q.modality, q.chance) for q in questions),
         by_type=_counts(q.question_type for q in questions),
-        by_options=_counts(str(len(q.options)) for q in questions),
+        by_options=_counts((str(len(q.options)) for q in questions), str),
+        types_by_modality=_crossed((q.modality, q.question_type) for q in questions),
+        options_by_modality=_crossed(((q.modality, str(len(q.options))) for q in questions), str),
         by_source=_counts(q.source for q in questions),
         repeated_options=sum(len({o.casefold() for o in q.options}) < len(q.options) for q in questions),
         comma_options=sum(any("," in o for o in q.options) for q in questions),
@@ -149,12 +155,11 @@ def _schemes(contents: Contents, facts: dict[str, FileFacts]) -> tuple[tuple[Sch
     content_of = {entry.question.id: identity(entry) for entry in contents.entries}
     marked = ["medr1"] if any(entry.medr1 for entry in contents.entries) else []
     names = [splits.resolve(contents, "auto"), *marked, "image_disjoint", "rebalanced"]
-    audits, problems = [], []
+    audits, problems = [], {}
     for name in dict.fromkeys(names):
-        questions, odd = splits.assign(contents, name, identity)
+        questions, problems[name] = splits.assign(contents, name, identity)
         audits.append(_audit_scheme(name, questions, content_of))
-        problems += [p for p in odd if p not in problems]
-    return tuple(audits), tuple(problems)
+    return tuple(audits), problems[names[0]]
 
 
 def _audit_scheme(name: str, questions: Sequence[Question], content_of: dict[str, str]) -> SchemeAudit:
@@ -170,6 +175,7 @@ def _audit_scheme(name: str, questions: Sequence[Question], content_of: dict[str
     return SchemeAudit(
         scheme=name,
         questions={split: sum(q.split == split for q in questions) for split in SPLITS},
+        left_out=sum(not q.split for q in questions),
         by_modality=dict(counts),
         shared_by_path=len({q.image for q in test} & {q.image for q in seen}),
         shared_by_content=len(shared),
@@ -188,6 +194,14 @@ def _counts(names: Iterable[str], key: Callable[[str], Any] | None = None) -> di
     return {name: counts[name] for name in sorted(counts, key=key or (lambda n: (-counts[n], n)))}
 
 
+def _crossed(pairs: Iterable[tuple[str, str]], key: Callable[[str], Any] | None = None) -> dict[str, dict[str, int]]:
+    """Counts of pairs, row by row in the order of modalities; every row has every column, ordered as `_counts` does."""
+    held = list(pairs)
+    counts = Counter(held)
+    rows, columns = _counts((row for row, _ in held), rank), _counts((column for _, column in held), key)
+    return {row: {column: counts[row, column] for column in columns} for row in rows}
+
+
 def _mean(values: Iterable[float]) -> float:
     held = list(values)
     return sum(held) / len(held) if held else 0.0
@@ -202,8 +216,8 @@ def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 def render(result: Audit) -> RenderableType:
     """The audit for a terminal: modalities, splits, what is wrong."""
-    parts: list[RenderableType] = [_headline(result), _modality_table(result), _scheme_table(result)]
-    parts += [_counts_line("Question types", result.by_type), _counts_line("Options", result.by_options)]
+    parts: list[RenderableType] = [_headline(result), _modality_table(result), _kind_table(result)]
+    parts.append(_scheme_table(result))
     parts.append(
         f"Repeated options {result.repeated_options:,} · commas in options {result.comma_options:,} · "
         f"records with the key `modality` {result.modality_key:,} · duplicate images {result.duplicate_images:,}"
@@ -225,10 +239,6 @@ def _headline(result: Audit) -> str:
     )
 
 
-def _counts_line(title: str, counts: dict[str, int]) -> str:
-    return f"{title}: " + " · ".join(f"{name} {n:,}" for name, n in counts.items())
-
-
 def _modality_table(result: Audit) -> Table:
     auto = result.scheme(result.auto)
     table = Table("modality", title=f"Questions per modality, split {result.auto}", title_justify="left")
@@ -247,17 +257,34 @@ def _modality_table(result: Audit) -> Table:
     return table
 
 
+def _kind_table(result: Audit) -> Table:
+    """Modality against question type, and against the number of options."""
+    table = Table("modality", title="Questions per modality, question type and number of options", title_justify="left")
+    for name in (*result.by_type, *(f"{n} options" for n in result.by_options)):
+        table.add_column(name, justify="right")
+
+    def add(name: str, types: dict[str, int], options: dict[str, int]) -> None:
+        table.add_row(name, *(f"{n:,}" for n in (*types.values(), *options.values())))
+
+    for modality, types in result.types_by_modality.items():
+        add(modality, types, result.options_by_modality[modality])
+    table.add_section()
+    add("all", result.by_type, result.by_options)
+    return table
+
+
 _SCHEMES_TITLE = "Ways to split (shared: test images also in train; blind: text-only lookup; told: with the modality)"
 
 
 def _scheme_table(result: Audit) -> Table:
     table = Table("scheme", title=_SCHEMES_TITLE, title_justify="left")
-    for name in (*SPLITS, "shared", "of test", "chance", "blind", "told", "letter"):
+    for name in (*SPLITS, "left out", "shared", "of test", "chance", "blind", "told", "letter"):
         table.add_column(name, justify="right")
     for s in result.schemes:
         table.add_row(
             s.scheme,
             *(f"{s.questions[split]:,}" for split in SPLITS),
+            f"{s.left_out:,}",
             f"{s.shared_by_content:,}",
             f"{s.shared_share:.1%}",
             f"{s.chance:.3f}",

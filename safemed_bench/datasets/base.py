@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +29,8 @@ class Dataset:
     fingerprint: `fingerprint(questions)`, 32 hex digits.
     problems: all that is wrong with the data; a question whose image is missing or broken is still in `questions`,
     with `image_error` set, and a record that is no usable question stands only here.
+    text_prior: question id -> whether the text-only lookup (prior.py) answers it; {} where there is no train split to
+    learn from, or where the questions themselves are of it. It says nothing of what is asked, so no fingerprint has it.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Dataset:
     fingerprint: str
     questions: tuple[Question, ...]
     problems: tuple[Problem, ...] = ()
+    text_prior: Mapping[str, bool] = field(default_factory=dict, hash=False)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -82,12 +85,6 @@ def fingerprint(questions: Iterable[Question]) -> str:
         json.dumps([q.id, q.image_sha256, q.question, q.options, q.answer], ensure_ascii=False) for q in questions
     )
     return hashlib.blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
-
-
-def hash_order(*parts: object) -> int:
-    """A 64-bit number that depends on every part: how questions and images are ordered and split, always."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
 
 
 def cache_folder() -> Path:

@@ -156,7 +156,7 @@ def _kind(value: object) -> str:
 def _entries(root: Path, rows: Iterable[_Row], problems: list[Problem]) -> Iterator[Entry]:
     for row in rows:
         try:
-            entry = _entry(root, row.record)
+            entry = entry_of(root, row.record)
         except ValueError as error:
             problems.append(row.problem(str(error)))
             continue
@@ -165,7 +165,7 @@ def _entries(root: Path, rows: Iterable[_Row], problems: list[Problem]) -> Itera
         yield entry
 
 
-def _entry(root: Path, record: Mapping[str, Any]) -> Entry:
+def entry_of(root: Path, record: Mapping[str, Any]) -> Entry:
     """One record as a question. ValueError says what the record lacks."""
     key = next((k for k in ("modality_type", "modality") if record.get(k)), "modality_type")
     for needed in ("question", "image_path"):

@@ -60,6 +60,11 @@ def lookup_hits(train: Sequence[Question], test: Sequence[Question], *, modality
     return [table.guess(question) == question.answer for question in test]
 
 
+def hits_by_id(train: Sequence[Question], asked: Sequence[Question]) -> dict[str, bool]:
+    """Question id -> whether the lookup learnt on `train` answers it; {} where there is nothing to learn from."""
+    return dict(zip((q.id for q in asked), lookup_hits(train, asked), strict=True)) if train else {}
+
+
 def letter_hits(train: Sequence[Question], test: Sequence[Question]) -> list[bool]:
     """The same for the commonest letter among train questions with as many options (the first where there are none)."""
     counts = {n: Counter(q.answer for q in train if len(q.options) == n) for n in (2, 3, 4)}

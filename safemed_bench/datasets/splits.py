@@ -16,8 +16,9 @@ from itertools import groupby
 from pathlib import Path
 
 from ..core.errors import DataError, Problem, UsageError, did_you_mean
+from ..core.seeds import derive_seed
 from ..core.types import Question
-from .base import SPLITS, Contents, Entry, Split, hash_order
+from .base import SPLITS, Contents, Entry, Split
 from .images import FileFacts, Progress, image_cache, inspect_files
 from .modalities import rank
 from .omnimedvqa import split_word
@@ -73,10 +74,10 @@ def assign(
     """All questions with their split set, "" where the scheme gives none; and what does not fit.
 
     `file`: the lists of question ids in `split_file`, below the root, by default splits.json. `record`: each record's
-    own `split`. `medr1`: by question, as Med-R1 does, from its marks where the data have them, else a fifth of the
-    questions by hash. `image_disjoint`: by image content, 72/8/20. `rebalanced`: `auto`'s split with the distractors
-    redrawn (rebalance.py); `seed` is theirs. Where only `wanted="test"` is, validation is left in train, and no train
-    image need be read.
+    own `split`. `medr1`: by question, from Med-R1's own marks; data without any are split as Med-R1 does, a fifth of
+    the questions by hash. `image_disjoint`: by image content, 72/8/20. `rebalanced`: `auto`'s split with the
+    distractors redrawn (rebalance.py); `seed` is theirs. Where only `wanted="test"` is, validation is left in train,
+    and no train image need be read.
     """
     identity = identity or ImageIdentity(contents)
     name = resolve(contents, scheme, split_file)
@@ -87,7 +88,7 @@ def assign(
     elif base == "record":
         words = [entry.split for entry in contents.entries]
     elif base == "medr1":
-        words = [entry.medr1 or _by_question(entry) for entry in contents.entries]
+        words, problems = _medr1(contents)
     else:
         words = [_by_image(identity(entry)) for entry in contents.entries]
     if wanted != "test":
@@ -100,11 +101,23 @@ def assign(
 
 
 def _below(share: float, *parts: object) -> bool:
-    return hash_order(*parts) < share * 2**64
+    return derive_seed(*parts) < share * 2**63
 
 
 def _by_question(entry: Entry) -> str:
     return "test" if _below(TEST_SHARE, "medr1", entry.question.id) else "train"
+
+
+def _medr1(contents: Contents) -> tuple[list[str], tuple[Problem, ...]]:
+    """Med-R1's marks. Beside marked questions an unmarked one has no split: it may well be of Med-R1's train set."""
+    if not any(entry.medr1 for entry in contents.entries):
+        return [_by_question(entry) for entry in contents.entries], ()
+    unmarked = [entry.question.id for entry in contents.entries if not entry.medr1]
+    words = [entry.medr1 for entry in contents.entries]
+    if not unmarked:
+        return words, ()
+    message = f"{len(unmarked):,} questions have no mark of Med-R1's split and are left out, e.g. {unmarked[0]!r}"
+    return words, (Problem(str(contents.root), 0, 0, "", message),)
 
 
 def _by_image(image: str) -> str:
@@ -174,7 +187,7 @@ def _spread(questions: Sequence[Question], seed: int) -> list[Question]:
     """One modality's questions, types mixed evenly: the i-th of n of a type stands at (i + ½) / n of the way."""
 
     def by_hash(question: Question) -> int:
-        return hash_order("stratified", seed, question.id)
+        return derive_seed("stratified", seed, question.id)
 
     places = []
     ordered = sorted(questions, key=lambda q: (q.question_type, by_hash(q)))

@@ -5,8 +5,9 @@ tables of question x condition. Aggregates over attacks are more columns of the 
 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
 (a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons}]; `cells`
-[{model, condition}] and `questions` [{id, modality, question_type, image_sha256, n_options}] in the plan's order
-(without them a question is known to be missing only where another cell has it); `provenance` (copied into the summary).
+[{model, condition}] and `questions` [{id, modality, question_type, image_sha256, n_options, text_prior}] in the plan's
+order (without them a question is known to be missing only where another cell has it); `provenance` (copied into the
+summary).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ RECORDS = "records.jsonl"
 RUN = "run.json"
 HEAVY = {"text", "option_logprobs", "loss_trace", "extra"}
 COLUMNS = tuple(f.name for f in fields(Record) if f.name not in HEAVY)
-QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options")
+QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options", "text_prior")
+"""What is known of a question; all but `text_prior` also stands in each of its records."""
 
 _CONDITION = re.compile(r"(?P<kind>[^\[@]+)(?:\[(?P<objective>[^\]]*)\])?(?:@(?P<threat>.+))?")
 
@@ -60,7 +62,8 @@ class Condition:
 class Verdicts:
     """What one model answered; rows are questions in the order of the plan, columns are conditions.
 
-    questions: index question id; columns modality, question_type, image_sha256, n_options.
+    questions: index question id; columns modality, question_type, image_sha256, n_options, text_prior (whether the
+    text-only lookup answers it, NaN where that is not known).
     correct: 1.0 right, 0.0 wrong, NaN missing. status: "valid", "invalid", "truncated", or NaN.
     clean: the verdict on the untouched image, from the clean cell or, where the suite has none, from attack records.
     errors: (condition, question id, message) of every record with an error.
@@ -178,7 +181,7 @@ def _planned_cells(info: Mapping[str, Any], records: pd.DataFrame) -> dict[str, 
 
 def _planned_questions(info: Mapping[str, Any], records: pd.DataFrame) -> pd.DataFrame:
     """Index question id, QUESTION_COLUMNS. A planned question without any record is a row all the same."""
-    seen = records.drop_duplicates("question_id").set_index("question_id")[list(QUESTION_COLUMNS)]
+    seen = records.drop_duplicates("question_id").set_index("question_id").reindex(columns=list(QUESTION_COLUMNS))
     planned = info.get("questions") or ()
     if not planned:
         return seen

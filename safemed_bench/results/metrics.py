@@ -7,6 +7,7 @@ invalid_rate         share of verdicts whose answer could not be extracted (they
 truncated_rate       share of verdicts whose text ended before an answer (wrong too, told apart from invalid)
 error_rate           share of planned questions without a verdict: an error was recorded, or nothing at all
 chance               mean of 1 / number of options (condition `clean`)
+text_prior           share that a lookup of texts learnt on train answers, without image or model (condition `clean`)
 image_gain           clean accuracy - the higher of blank and shuffled accuracy, paired by question (condition `clean`)
 """
 
@@ -30,6 +31,7 @@ METRICS = (
     "truncated_rate",
     "error_rate",
     "chance",
+    "text_prior",
     "image_gain",
 )
 BLIND = ("blank", "shuffled")
@@ -106,6 +108,10 @@ def _estimate(metric: str, condition: Condition, part: _Slice) -> Estimate | Non
         case "chance" if condition.name == "clean":
             options = part.questions["n_options"].to_numpy(dtype=float)[known]
             return exact(float(np.mean(1 / options)), len(options)) if len(options) else NOTHING
+        case "text_prior" if condition.name == "clean":
+            hits = part.questions["text_prior"].to_numpy(dtype=float)
+            told = ~np.isnan(hits)
+            return part.share(hits == 1, known & told) if told.any() else None
         case "image_gain" if condition.name == "clean":
             return _image_gain(part)
     return None

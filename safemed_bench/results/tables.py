@@ -61,6 +61,8 @@ class Numbers:
         }
         names = dict.fromkeys(r["condition"] for r in summary["estimates"])
         self.conditions = [Condition.parse(name) for name in names]
+        worst = f"worst@{self.headline}"
+        self.robust: str | None = worst if worst in names else None
 
     def get(self, model: str, condition: str, metric: str = "accuracy", modality: str = ALL) -> Estimate | None:
         return self._rows.get((model, condition, metric, modality))
@@ -119,14 +121,16 @@ def render(summary: Mapping[str, Any], console: Console) -> None:
 
 def overall(numbers: Numbers) -> Table:
     """One row per model: everything, over all modalities."""
-    columns, rows = _measured(numbers, numbers.aggregates, [(model, ALL) for model in numbers.models])
+    pairs = [(model, ALL) for model in numbers.models]
+    judged = ("clean", numbers.robust) if numbers.robust else ("clean",)
+    columns, rows = _measured(numbers, numbers.aggregates, judged, pairs)
     return _table(numbers, "overall", "Accuracy, %", ("model",), columns, [Row(k[:1], c) for k, c in rows])
 
 
 def modalities(numbers: Numbers) -> Table:
     """One row per model and modality: noise at the headline threat alone, FGSM only where nothing stronger was run."""
     pairs = [(model, modality) for model in numbers.models for modality in numbers.modalities(model)]
-    columns, rows = _measured(numbers, numbers.main, pairs)
+    columns, rows = _measured(numbers, numbers.main, (numbers.robust or "clean",), pairs)
     return _table(
         numbers,
         "modalities",
@@ -141,25 +145,30 @@ Cells = tuple[Estimate | None, ...]
 
 
 def _measured(
-    numbers: Numbers, varied: Sequence[Condition], pairs: Sequence[tuple[str, str]]
+    numbers: Numbers, varied: Sequence[Condition], judged: Sequence[str], pairs: Sequence[tuple[str, str]]
 ) -> tuple[tuple[Column, ...], list[tuple[tuple[str, str], Cells]]]:
-    """The columns every accuracy table has, and a row of cells per (model, modality); all-empty columns left out."""
-    columns = [Column("n", "count"), Column("chance", "bare"), Column("clean"), Column("blind")]
+    """The columns every accuracy table has, and a row of cells per (model, modality); all-empty columns left out.
+
+    varied: conditions whose accuracy is shown. judged: conditions whose unreadable answers are; in a worst case these
+    are the questions lost in no other way (frames.with_worst_cases). The `validity` table has them for every condition.
+    """
+    columns = [Column("n", "count"), Column("chance", "bare"), Column("text prior"), Column("clean"), Column("blind")]
     columns += [Column("image gain", "points")]
     columns += [Column(condition_label(c.name)) for c in varied]
-    columns += [Column("invalid", "bare"), Column("truncated", "bare")]
+    unread = [(name, status) for name in judged for status in ("invalid", "truncated")]
+    columns += [Column(f"{status} {condition_label(name)}", "bare") for name, status in unread]
 
     def cells(model: str, modality: str) -> Cells:
         base = "clean" if numbers.get(model, "clean") else next((c.name for c in numbers.conditions), "clean")
         return (
             numbers.get(model, base, "accuracy", modality),
             numbers.get(model, "clean", "chance", modality),
+            numbers.get(model, "clean", "text_prior", modality),
             numbers.get(model, "clean", "accuracy", modality),
             numbers.blind(model, modality),
             numbers.get(model, "clean", "image_gain", modality),
             *(numbers.get(model, c.name, "accuracy", modality) for c in varied),
-            numbers.get(model, base, "invalid_rate", modality),
-            numbers.get(model, base, "truncated_rate", modality),
+            *(numbers.get(model, name, f"{status}_rate", modality) for name, status in unread),
         )
 
     rows = [cells(*pair) for pair in pairs]

@@ -19,9 +19,10 @@ from .tables import ALL, Numbers, Table, condition_label, modalities, objectives
 WIDTH = 100
 GAP = 2
 LEGEND = (
-    "95% intervals in brackets. blind: the higher of blank and shuffled image. worst: per question, over every attack"
-    " of that size and clean. invalid, truncated: clean answers that could not be read, or were cut off; both count"
-    " as wrong."
+    "95% intervals in brackets. text prior: a table of question and option texts learnt on train, without any image."
+    " blind: the higher of blank and shuffled image. worst: per question, over every attack of that size and clean."
+    " invalid, truncated: answers that could not be read, or were cut off; both count as wrong; under worst, questions"
+    " lost by that alone."
 )
 
 
@@ -84,7 +85,7 @@ def _fit(first: int, columns: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[
 
 def _per_model(table: Table, numbers: Numbers) -> Iterator[Block]:
     """One block per model: clean, blind and the worst case at the headline threat per modality."""
-    robust = condition_label(f"worst@{numbers.headline}") if numbers.headline else ""
+    robust = condition_label(numbers.robust) if numbers.robust else ""
     wanted = ("n", "chance", "clean", "blind", robust)
     kept = [i for i, column in enumerate(table.columns) if column.label in wanted]
     header = ("", *(table.columns[i].label for i in kept))

@@ -75,6 +75,7 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "question_type": q.question_type,
                 "image_sha256": q.image_sha256,
                 "n_options": len(q.options),
+                "text_prior": dataset.text_prior.get(q.id),
             }
             for q in dataset.questions
         ],

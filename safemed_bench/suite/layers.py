@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import yaml
 
 from ..core.errors import Problem, SuiteError, did_you_mean
 from .document import Document, Key, Place, merge, parse_path, read
+
+SHARE = Path("share", "safemed-bench")
+"""Below sys.prefix: what pyproject.toml installs as data files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,12 @@ class Kind:
     over: Callable[[Document, Document], Document] = merge
 
     def shipped(self) -> dict[str, Path]:
-        """Name -> file in `folder`, here and beside the package; the nearer one wins."""
-        folders = (Path(__file__).resolve().parents[2] / self.folder, self.folder)
+        """Name -> file in `folder`: here, beside the package, or where a wheel puts them; the nearer one wins."""
+        folders = (
+            Path(sys.prefix) / SHARE / self.folder,
+            Path(__file__).resolve().parents[2] / self.folder,
+            self.folder,
+        )
         return {p.stem: p for folder in folders for p in sorted(folder.glob("*.yaml"))}
 
     def find(self, reference: str, beside: Path | None = None) -> Path:
