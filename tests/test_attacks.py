@@ -373,3 +373,40 @@ def test_answers_of_a_stale_clean_run_do_not_matter_for_the_wrong_ones():
     answers[1] = replace(answers[1], index=None, status="invalid")
     result = attack_clean(model, batch, answers, PGD(steps=2))
     assert result.attacked.tolist() == [True, False, True, True] and result.answers[1].status == "invalid"
+
+
+# -- an entry that is not shown the picture
+
+
+@dataclass(frozen=True)
+class Constant(Prepared):
+    """A loss without the pixels in it."""
+
+    count: int
+
+    def __call__(self, pixels):
+        return Reading(torch.zeros(self.count), torch.zeros(self.count, dtype=torch.bool))
+
+    def select(self, rows):
+        return Constant(len(rows))
+
+
+class Blind(Objective):
+    name = "blind"
+
+    def prepare(self, model, batch, clean_answers):
+        return Constant(len(batch))
+
+
+class BlindVLM(ToyVLM):
+    """Answers from the text alone."""
+
+    def _features(self, pixels):
+        return super()._features(torch.full_like(pixels, 0.5))
+
+
+@pytest.mark.parametrize("kind", [FGSM(), PGD(steps=3), PGD(steps=3, active_set=False)])
+def test_a_loss_without_the_picture_has_a_dead_gradient_and_changes_no_verdict(kind):
+    result = attack(kind, BlindVLM(), Blind(), count=8)
+    assert result.attacked.any() and not result.success.any()
+    assert torch.equal(result.dead_gradients, result.backwards) and result.dead_gradients[result.attacked].min() > 0

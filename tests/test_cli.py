@@ -344,3 +344,69 @@ def test_missing_verdicts_end_with_3_unless_allowed(toy: str, tmp_path: Path) ->
     assert done.returncode == 3, done.stderr
     assert "units have no verdict" in done.stderr and "OmniMedVQA at data" in done.stdout
     assert command(*common, "--output", str(tmp_path / "out"), "--fail-on-error", "0.5").returncode == 0
+
+
+# --- entries that are not here, or cannot be loaded ---
+
+
+@pytest.fixture
+def gaps(tmp_path: Path) -> str:
+    """A folder of two suites: `gaps` has an absent checkpoint and a plugin that cannot be built, `later` neither."""
+    text = TOY.replace("name: toy\n", "name: gaps\n").replace(
+        "[toy, toy_cot]", "[{name: gone, path: /no/where/gone}, toy_absent, toy]"
+    )
+    text = text[: text.index("conditions:")] + "conditions: [clean]\n" + text[text.index("run:") :]
+    (tmp_path / "gaps.yaml").write_text(text)
+    later = TOY.replace("name: toy\n", "name: later\n")
+    later = later[: later.index("conditions:")] + "conditions: [blank]\n" + later[later.index("run:") :]
+    (tmp_path / "later.yaml").write_text(later)
+    return str(tmp_path)
+
+
+def test_what_is_absent_is_left_out_and_said_and_the_rest_is_measured(gaps: str, tmp_path: Path) -> None:
+    files = [f"{gaps}/gaps.yaml", f"{gaps}/later.yaml", "--plugin", PLUGIN]
+    done = command("run", *files, "--output", str(tmp_path / "out"))
+    assert done.returncode == 2, done.stderr
+    assert "note: LEFT OUT gone: model folder not found: /no/where/gone" in done.stderr
+    complaint = done.stderr.splitlines()[-2:]
+    assert complaint[0].startswith("gaps: gone: model folder not found: /no/where/gone")
+    assert complaint[1] == "gaps: toy_absent: no weights here"
+    assert done.stderr.count("report folder:") == 2
+    assert "LEFT OUT gone" in done.stdout and "PARTIAL: 24 of 48 units" in done.stdout
+    for name, models in (("gaps", {"toy"}), ("later", {"toy", "toy_cot"})):
+        summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
+        assert {c["model"] for c in summary["coverage"]["cells"] if c["done"]} == models
+    noted = json.loads((tmp_path / "out" / "gaps" / "run.json").read_text())["notices"]
+    assert any("LEFT OUT gone" in line for line in noted)
+
+
+def test_plan_and_json_speak_before_they_complain(
+    gaps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--plugin", PLUGIN, "--output", str(tmp_path / "out"), "--json"]
+    assert cli.invoke(["plan", f"{gaps}/gaps.yaml", *common]) == 2
+    told = capsys.readouterr()
+    assert {c["model"] for c in json.loads(told.out)["plans"][0]["cells"]} == {"toy_absent", "toy"}
+    assert told.err.startswith("gaps: gone: ")
+    assert cli.invoke(["run", f"{gaps}/gaps.yaml", *common, "--quiet", "--model", "toy_absent"]) == 2
+    told = capsys.readouterr()
+    (report,) = json.loads(told.out)["runs"]
+    assert report["summary"] is None and report["outcome"]["missing"] == 24
+    assert told.err == "gaps: toy_absent: no weights here\n"
+
+
+def test_nothing_is_started_where_no_entry_is_here(
+    gaps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"{gaps}/gaps.yaml", "--plugin", PLUGIN, "--model", "gone", "--output", str(tmp_path / "out")]
+    for word in ("run", "plan"):
+        assert cli.invoke([word, *common]) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and "model folder not found: /no/where/gone" in told.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_mps_is_refused_with_a_reason(toy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", toy, "--plugin", PLUGIN, "--output", str(tmp_path), "--device", "mps", "--quiet"]
+    assert cli.invoke(arguments) == 2
+    assert "float64" in capsys.readouterr().err

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safemed_bench.core import registry
 from safemed_bench.core.errors import UsageError
 from safemed_bench.core.types import Question
 from safemed_bench.datasets.base import Dataset
@@ -116,6 +118,16 @@ def test_models_come_one_after_the_other() -> None:
     built = build_plan(suite(models=models, conditions=["clean", "blank"]), dataset(), [card("a"), card("b", True)])
     assert [cell.name for cell in built.cells] == ["a/clean", "a/blank", "b/clean", "b/blank"]
     assert [c.name for c in built.cards] == ["a", "b"]
+
+
+def test_an_entry_without_a_card_is_left_out_and_changes_no_key() -> None:
+    models = [{"name": n, "path": "/w"} for n in ("a", "b")]
+    asked = suite(models=models, conditions=["clean", "blank"])
+    both = build_plan(asked, dataset(), [card("a"), card("b")])
+    one = build_plan(asked, dataset(), [None, card("b")], notes=["LEFT OUT a: not here"])
+    assert [cell.name for cell in one.cells] == ["b/clean", "b/blank"]
+    assert [u.key for u in one.units] == [u.key for u in both.units if u.cell.startswith("b/")]
+    assert one.suite == asked and one.notes == ("LEFT OUT a: not here",)
 
 
 def test_nothing_to_ask_and_ids_that_are_not_unique() -> None:
@@ -230,6 +242,26 @@ def test_a_question_starts_the_same_way_in_every_cell_and_set() -> None:
     assert all(len(found) == 1 for found in seeds.values())
     alone = plan(dataset(*dataset().questions[3:5]), conditions=["noise"])
     assert {u.question_id: u.seed for u in alone.units}.items() <= {u.question_id: u.seed for u in built.units}.items()
+
+
+@pytest.mark.parametrize("kind", ["attacks", "objectives"])
+def test_editing_a_plugin_changes_the_keys_of_the_cells_that_use_it(kind: str, tmp_path: Path) -> None:
+    name = f"own_{kind}"
+    file = tmp_path / "plugin.py"
+    body = "class Own:\n    reasoning_only = False\n    strength = 1\n"
+    file.write_text(f"from safemed_bench.core.registry import {kind}\n\n@{kind}.register({name!r})\n{body}")
+    registry.load_plugin_file(file)
+    own = {"attack": name, "objectives": "answer"} if kind == "attacks" else PGD | {"objectives": name, "name": "own"}
+
+    def keys() -> dict[str, set[str]]:
+        built = plan(conditions=["clean", PGD, own], threat={"eps": ["4/255"]})
+        return {cell.name: {u.key for u in built.units if u.cell == cell.name} for cell in built.cells}
+
+    before = keys()
+    assert keys() == before
+    file.write_text(file.read_text().replace("strength = 1", "strength = 2"))
+    changed = [cell for cell, found in keys().items() if found != before[cell]]
+    assert len(before) == 3 and len(changed) == 1 and "own" in changed[0]
 
 
 # --- chunks ---

@@ -13,12 +13,13 @@ import pytest
 import yaml
 from toy_run import PGD, SIDE, records, toy_dataset, toy_execute, toy_plan
 
-from safemed_bench.core.errors import DataError, ModelError, UsageError
+from safemed_bench.core.errors import DataError, UsageError
 from safemed_bench.core.types import ThreatModel
 from safemed_bench.datasets.base import Dataset
 from safemed_bench.datasets.images import load_canvas
-from safemed_bench.run import artefacts, devices
+from safemed_bench.run import ModelsFailedError, artefacts, devices
 from safemed_bench.run.batching import BatchSizer, is_out_of_memory
+from safemed_bench.run.engine import FAULTS_IN_A_ROW, Brake
 from safemed_bench.run.progress import PlainReporter, QuietReporter, clock
 from safemed_bench.run.stop import resume_command
 from safemed_bench.suite.plan import Plan
@@ -177,6 +178,54 @@ def test_a_poisonous_question_costs_one_question(dataset: Dataset, tmp_path: Pat
     assert any("in halves" in line for line in listener.said)
 
 
+def test_a_fault_that_hits_every_question_costs_a_few_tries_and_one_cell(dataset: Dataset, tmp_path: Path) -> None:
+    listener = Listener()
+    plan = toy_plan(dataset, ("toy_faulty",), ("blank", "clean"), chunk=2)
+    outcome = toy_execute(plan, tmp_path, reporter=listener)
+    assert (outcome.done, outcome.errors, outcome.missing) == (12, 12, 0)
+    errors = [r for r in records(tmp_path) if r["error"]]
+    assert {r["condition"] for r in errors} == {"blank"}
+    given_up = [r for r in errors if "not tried: 5 questions in a row failed with: RuntimeError: broken" in r["error"]]
+    assert len(errors) - len(given_up) == FAULTS_IN_A_ROW == 5
+    assert all(r["question_id"] in r["error"] for r in errors)
+    assert any(line.startswith("toy_faulty/blank: 7 questions not tried") for line in listener.said)
+
+
+def test_the_brake_wants_one_error_in_a_row() -> None:
+    brake = Brake()
+    for error in ["a", "a", "b", "a", "a", "a", "a"]:
+        brake.failed("cell", error)
+    assert not brake.fault("cell")
+    brake.worked("cell")
+    for _ in range(FAULTS_IN_A_ROW - 1):
+        brake.failed("cell", "a")
+    assert not brake.fault("cell")
+    brake.failed("cell", "a")
+    brake.worked("cell")  # a worker that was still at it
+    assert "failed with: a" in brake.fault("cell") and not brake.fault("other")
+
+
+def test_a_file_that_holds_another_image_than_was_judged_gives_errors(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saved image is within the ball, but not the one that the verdict is of."""
+    from safemed_bench.models import load_model
+    from safemed_bench.run.conditions import NOT_JUDGED, Bench
+    from safemed_bench.run.messages import Settings
+    from safemed_bench.run.plans import jobs_of
+
+    job = jobs_of(toy_plan(dataset, ("toy",), (PGD,)))[0]
+    settings = Settings(tmp_path, SIDE, "pad", "fp32", None)
+    bench = Bench(load_model(job.model, SIDE, device="cpu"), settings, BatchSizer(None))
+    honest = bench.run(job)
+    assert not any(r.error for r in honest) and any(r.linf for r in honest)
+    save = artefacts.save
+    monkeypatch.setattr(artefacts, "save", lambda folder, name, canvas, _, ids: save(folder, name, canvas, canvas, ids))
+    for before, after in zip(honest, bench.run(job), strict=True):
+        assert after.error == (NOT_JUDGED if before.linf else "")
+        assert (after.correct is None) == bool(before.linf)
+
+
 def test_a_worker_that_is_killed_is_replaced(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trap = tmp_path / "trap"
     trap.touch()
@@ -190,8 +239,10 @@ def test_a_worker_that_is_killed_is_replaced(dataset: Dataset, tmp_path: Path, m
 def test_out_of_memory_halves_the_batch_and_absent_models_do_not_stop_others(dataset: Dataset, tmp_path: Path) -> None:
     listener = Listener()
     plan = toy_plan(dataset, ("toy_absent", "toy_hungry"), ("clean", "blank"))
-    with pytest.raises(ModelError, match="toy_absent: no weights here"):
+    with pytest.raises(ModelsFailedError, match="toy_absent: no weights here") as caught:
         toy_execute(plan, tmp_path, reporter=listener)
+    outcome = caught.value.outcome
+    assert (outcome.total, outcome.done, outcome.missing) == (48, 24, 24)
     assert {r["model"] for r in records(tmp_path)} == {"toy_hungry"}
     assert len(records(tmp_path)) == 24
     assert "out of memory; batch size for clean is now 2" in listener.said
@@ -256,7 +307,7 @@ def test_artefacts_round_trip_and_name_what_is_wrong(tmp_path: Path) -> None:
     assert "leaves the linf:8/255 ball" in measured.problem
     over = np.zeros((3, 4, 4), np.int16)
     over[0, 0, 0] = 8
-    assert "leave the range" in artefacts.measure(canvas[0], over, ThreatModel("linf", 8 / 255)).problem
+    assert "leave the box" in artefacts.measure(canvas[0], over, ThreatModel("linf", 8 / 255)).problem
     assert artefacts.measure(canvas[0], over // 2, ThreatModel("linf", 4 / 255)).problem == ""
     (tmp_path / "a" / "b.npz").write_bytes(b"PK torn")
     with pytest.raises(DataError, match=r"b\.npz: not a readable artefact"):
@@ -289,7 +340,7 @@ def test_devices(
     assert devices.choose_devices(device, workers, jobs) == expected
 
 
-@pytest.mark.parametrize(("device", "workers"), [("cuda", "auto"), ("cuda:7", 1), ("tpu", 1), ("cpu", 0)])
+@pytest.mark.parametrize(("device", "workers"), [("cuda", "auto"), ("cuda:7", 1), ("tpu", 1), ("mps", 1), ("cpu", 0)])
 def test_impossible_devices_are_refused(monkeypatch: pytest.MonkeyPatch, device: str, workers: int | str) -> None:
     monkeypatch.setattr(devices, "gpu_count", lambda: 0)
     with pytest.raises(UsageError):

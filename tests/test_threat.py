@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import generators, toy_canvas
 
+from safemed_bench.attacks.audit import audit
 from safemed_bench.attacks.threat import ConstraintError, check, norms, project, quantize, random_start
 from safemed_bench.core.types import ThreatModel
 
@@ -133,7 +137,7 @@ def test_audit_names_the_violation():
     far = canvas.clone()
     far[1, 0, 0, 0] = 109
     check(ThreatModel("linf", 9 / 255), canvas, far)
-    with pytest.raises(ConstraintError, match=r"sample 1 .* linf:8/255"):
+    with pytest.raises(ConstraintError, match=r"sample 1 .*0\.0352941 leaves the linf:8/255 ball"):
         check(ThreatModel("linf", 8 / 255), canvas, far)
     with pytest.raises(ConstraintError, match="sample 1"):
         check(ThreatModel("l2", 8 / 255), canvas, far)
@@ -141,5 +145,24 @@ def test_audit_names_the_violation():
         check(ThreatModel("l2", 1.0), canvas, far.float())
     with pytest.raises(ConstraintError, match="shape"):
         check(ThreatModel("l2", 1.0), canvas, far[:1])
-    with pytest.raises(ConstraintError, match="box"):
+    with pytest.raises(ConstraintError, match="levels 109 to 109 leave the box, 0 to 102"):
         check(ThreatModel("linf", 1.0, bounds=(0.0, 0.4)), canvas, far)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("levels", [1, 3, 4, 8, 77, 254])
+def test_the_audit_allows_whole_levels_exactly_and_not_one_more(norm, levels):
+    """For every eps = k/255, k levels pass and k + 1 do not; in L2 the same with one value moved, to the last unit."""
+    threat, canvas = ThreatModel(norm, levels / 255), np.zeros((3, 2, 2), np.uint8)
+    moved = canvas.copy()
+    moved[1, 0, 1] = levels
+    assert audit(threat, canvas, moved) == ""
+    moved[0, 0, 0] = 1
+    assert ("leaves" in audit(threat, canvas, moved)) == (norm == "l2")
+    moved[0, 0, 0], moved[1, 0, 1] = 0, levels + 1
+    assert "leaves" in audit(threat, canvas, moved)
+
+
+def test_the_audit_needs_no_torch():
+    code = "import sys, safemed_bench.attacks.audit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

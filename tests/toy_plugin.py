@@ -2,7 +2,8 @@
 
 `toy_slow` sleeps as long as TOY_DELAY says (seconds per call); `toy_deadly` kills its process and `toy_raising` raises
 when it meets the question `poison`; `toy_mortal` kills its process once, if the file TOY_KILL_ONCE is there;
-`toy_hungry` runs out of memory above two images; `toy_absent` cannot be built.
+`toy_hungry` runs out of memory above two images; `toy_faulty` fails on every blank image; `toy_absent` cannot be
+built.
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ class Hungry(Toy):
         if len(questions) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         return super().prepare(questions, canvas)
+
+
+@models.register("toy_faulty")
+class Faulty(Toy):
+    """What fails on one question fails on all."""
+
+    def answer(self, batch, pixels, **options):
+        if pixels.std() == 0:
+            raise RuntimeError("broken")
+        return super().answer(batch, pixels, **options)
 
 
 @models.register("toy_absent")

@@ -154,13 +154,17 @@ class Pursuit:
         self.best_delta[rows] = 0.0
 
     def read(self, rows: Tensor, delta: Tensor, *, gradient: bool = True) -> tuple[Reading, Tensor]:
-        """Loss and suspects (detached) at `delta` and the loss gradient (else zeros), from one forward pass."""
+        """Loss and suspects (detached) at `delta` and the loss gradient (else zeros), from one forward pass.
+
+        A loss that does not depend on the picture (a text-only entry's) has a dead gradient, not an error.
+        """
         pixels = (self.clean[rows] + delta).detach().requires_grad_(gradient)
         slope = torch.zeros_like(delta)
         with torch.set_grad_enabled(gradient):  # whatever the caller has set
             loss, suspects = self._at(rows)(pixels)
-            if gradient:
+            if gradient and loss.requires_grad:
                 (slope,) = torch.autograd.grad(loss.sum(), pixels)
+            if gradient:
                 slope = self._repaired(rows, slope)
         reading = Reading(loss.detach().float(), suspects.detach())
         self._note(rows, reading, gradient)

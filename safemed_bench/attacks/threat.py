@@ -6,7 +6,6 @@ Nothing here draws from a global random stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +13,7 @@ from torch import Tensor
 
 from ..core.errors import SafeMedError
 from ..core.types import ThreatModel
-
-LEVELS = 255
-# eps such as 4/255 is not exact in binary: times 255 it may fall a hair below the whole level that was meant.
-SLACK = 1e-6
+from .audit import LEVELS, audit, level_range, squared_budget, whole_levels
 
 
 class ConstraintError(SafeMedError):
@@ -78,23 +74,14 @@ def quantize(threat: ThreatModel, canvas: Tensor, pixels: Tensor) -> Tensor:
         exact = exact * (threat.eps * LEVELS / flat_norm(exact).clamp_min(1e-12)).clamp_max(1.0)
     shift = exact.round().to(torch.int32)
     if threat.norm == "linf":
-        shift = shift.clamp(-_whole_levels(threat), _whole_levels(threat))
-    low, high = math.ceil(threat.bounds[0] * LEVELS), math.floor(threat.bounds[1] * LEVELS)
-    shift = (base + shift).clamp(low, high) - base
+        shift = shift.clamp(-whole_levels(threat), whole_levels(threat))
+    shift = (base + shift).clamp(*level_range(threat)) - base
     if threat.norm == "l2":
-        shift = _shrink(shift, exact, _squared_budget(threat))
+        shift = _shrink(shift, exact, squared_budget(threat))
     return (base + shift).to(torch.uint8)
 
 
-def _whole_levels(threat: ThreatModel) -> int:
-    return math.floor(min(threat.eps, 1.0) * LEVELS + SLACK)
-
-
-def _squared_budget(threat: ThreatModel) -> float:
-    return (threat.eps * LEVELS) ** 2 + SLACK
-
-
-def _shrink(shift: Tensor, exact: Tensor, budget: float) -> Tensor:
+def _shrink(shift: Tensor, exact: Tensor, budget: int) -> Tensor:
     """Integer steps (B, ...) with squared norm <= budget: undoes rounding away from zero, the furthest first."""
     flat = shift.flatten(1).long()
     size = flat.abs()
@@ -115,25 +102,12 @@ def norms(canvas: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check(threat: ThreatModel, canvas: Tensor, adversarial: Tensor) -> None:
-    """Audit of the saved artefact. Raises ConstraintError with the worst sample where one is violated."""
+    """Audit of (B, 3, H, W) uint8 images. Raises ConstraintError naming the first sample that is not allowed."""
     if adversarial.dtype != torch.uint8 or canvas.dtype != torch.uint8:
         raise ConstraintError(f"the artefact must be uint8, not {adversarial.dtype}")
     if adversarial.shape != canvas.shape:
         raise ConstraintError(f"the artefact has shape {tuple(adversarial.shape)}, the image {tuple(canvas.shape)}")
-    if not len(canvas):
-        return
-    shift = (adversarial.long() - canvas.long()).flatten(1).abs()
-    if threat.norm == "linf":
-        used, allowed = shift.amax(dim=1).double(), float(_whole_levels(threat))
-    else:
-        used, allowed = shift.square().sum(dim=1).double().sqrt(), math.sqrt(_squared_budget(threat))
-    worst = int(used.argmax())
-    if used[worst] > allowed:
-        raise ConstraintError(
-            f"sample {worst} of the batch left the threat model {threat.label}: "
-            f"its norm is {used[worst] / LEVELS:.6g}, allowed is {allowed / LEVELS:.6g}"
-        )
-    low, high = threat.bounds
-    changed = adversarial[adversarial != canvas].double() / LEVELS
-    if changed.numel() and (changed.min() < low - SLACK or changed.max() > high + SLACK):
-        raise ConstraintError(f"values {changed.min():.4g} to {changed.max():.4g} leave the box {threat.bounds}")
+    pairs = zip(canvas.cpu().numpy(), adversarial.cpu().numpy(), strict=True)
+    for sample, (clean, image) in enumerate(pairs):
+        if problem := audit(threat, clean, image):
+            raise ConstraintError(f"sample {sample} of the batch: {problem}")

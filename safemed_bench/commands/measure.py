@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import IncompleteError, ModelError, SuiteError
 from . import output as out
-from .prepare import Request, cards_of, output_of, plan_of, suites_of
+from .prepare import Request, cards_of, output_of, plans_of, suites_of
 
 if TYPE_CHECKING:
     from ..suite.plan import Plan
@@ -27,27 +27,35 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure every suite in turn. Raises IncompleteError where more is missing than run.fail_on_error allows."""
+    """Measure every suite in turn, as far as it can be measured here.
+
+    Raises at the end, after everything is printed: ModelError where entries are absent or could not be loaded, else
+    IncompleteError where more is missing than run.fail_on_error allows.
+    """
     from ..results import render
     from ..run.progress import make_reporter
 
     suites = suites_of(references, request)
-    plans = [plan_of(suite, request) for suite in suites]
+    plans, absent = plans_of(suites, request)
     reports: list[dict[str, Any]] = []
+    unloaded: list[str] = []
     complaints: list[str] = []
     for plan in plans:
-        folder = output_of(plan.suite, output, len(plans) > 1)
+        folder = output_of(plan.suite, output, len(suites) > 1)
         if not quiet:
             _announce(plan)
-        report, complaint = _measure(plan, folder, request, resume, retry_errors, make_reporter(quiet=quiet))
+        report, failed = _measure(plan, folder, request, resume, retry_errors, make_reporter(quiet=quiet))
         reports.append(report)
-        complaints += [complaint] if complaint else []
-        if not as_json:
+        unloaded += failed
+        complaints += [] if failed else _incomplete(plan, folder, report["outcome"])
+        if report["summary"] and not as_json:
             render(report["summary"], out.results())
         if not quiet:
             out.note(f"report folder: {folder}")
     if as_json:
         out.print_json({"runs": reports})
+    if absent or unloaded:
+        raise ModelError("\n".join((*absent, *unloaded, *complaints)))
     if complaints:
         raise IncompleteError("\n".join(complaints))
 
@@ -66,41 +74,50 @@ def _data_problems(plan: Plan, shown: int = 10) -> list[str]:
 
 def _measure(
     plan: Plan, folder: Path, request: Request, resume: bool, retry_errors: bool, reporter: Any
-) -> tuple[dict[str, Any], str]:
-    """One suite's report and, where too much is missing, what to say about it."""
+) -> tuple[dict[str, Any], list[str]]:
+    """One suite's report, without a summary where nothing was measured; and what is said of models that failed."""
     from ..results import summarise
-    from ..run import execute
+    from ..run import RECORDS, ModelsFailedError, execute
 
+    failed: list[str] = []
     try:
         outcome = execute(
             plan, folder, resume=resume, retry_errors=retry_errors, reporter=reporter, plugins=request.plugins
         )
-    except ModelError:
-        if (folder / "records.jsonl").is_file() and (folder / "records.jsonl").stat().st_size:
-            summarise(folder)  # the other models were measured; what there is belongs on disk
-        raise
-    report = {"suite": plan.suite.name, "output": str(folder), "outcome": asdict(outcome), "summary": summarise(folder)}
-    lost, allowed = outcome.errors + outcome.missing, plan.suite.run.fail_on_error
-    if lost <= allowed * outcome.total:
-        return report, ""
-    return report, (
-        f"{plan.suite.name}: {lost:,} of {outcome.total:,} units have no verdict ({lost / outcome.total:.2%}, allowed "
-        f"{allowed:.2%}). The reasons are in {folder / 'records.jsonl'}; --retry-errors tries them again"
-    )
+    except ModelsFailedError as error:
+        outcome, failed = error.outcome, [f"{plan.suite.name}: {line}" for line in str(error).splitlines()]
+    summary = summarise(folder) if (folder / RECORDS).stat().st_size else None
+    return {
+        "suite": plan.suite.name,
+        "output": str(folder),
+        "outcome": asdict(outcome),
+        "summary": summary,
+    }, failed
+
+
+def _incomplete(plan: Plan, folder: Path, outcome: dict[str, Any]) -> list[str]:
+    """What to say where more is missing than the suite allows."""
+    lost, total, allowed = outcome["errors"] + outcome["missing"], outcome["total"], plan.suite.run.fail_on_error
+    if lost <= allowed * total:
+        return []
+    return [
+        f"{plan.suite.name}: {lost:,} of {total:,} units have no verdict ({lost / total:.2%}, allowed {allowed:.2%}). "
+        f"The reasons are in {folder / 'records.jsonl'}; --retry-errors tries them again"
+    ]
 
 
 def plan(references: Sequence[str], request: Request, *, output: str | None, as_json: bool) -> None:
-    """What a run would do, and what of it is done."""
+    """What a run would do, and what of it is done. Raises ModelError at the end where entries are absent."""
     suites = suites_of(references, request)
-    described = []
-    for suite in suites:
-        work = plan_of(suite, request)
-        folder = output_of(suite, output, len(suites) > 1)
-        described.append(_described(work, folder))
-        if not as_json:
-            _print_plan(described[-1])
+    plans, absent = plans_of(suites, request)
+    described = [_described(work, output_of(work.suite, output, len(suites) > 1)) for work in plans]
     if as_json:
         out.print_json({"plans": described})
+    else:
+        for description in described:
+            _print_plan(description)
+    if absent:
+        raise ModelError("\n".join(absent))
 
 
 def _described(work: Plan, folder: Path) -> dict[str, Any]:
@@ -184,8 +201,4 @@ def _absent(suite: Suite) -> list[str]:
     missing = []
     if suite.data.name == "omnimedvqa" and not suite.data.root:
         missing.append("data.root names no folder; set SAFEMED_OMNIMEDVQA or --set data.root=FOLDER")
-    try:
-        cards_of(suite)
-    except ModelError as error:
-        missing += str(error).splitlines()
-    return missing
+    return missing + cards_of(suite)[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import ModelError, Problem, SafeMedError, SuiteError, UsageError, did_you_mean
+from ..core.errors import ModelError, Problem, SuiteError, UsageError, did_you_mean
 from ..suite.document import parse_path
 from ..suite.loader import Override, load_suites
 from ..suite.schema import FILTER_KEYS, ModelSpec, RunSpec, Suite
@@ -103,30 +103,47 @@ def _with_models(suite: Suite, names: Sequence[str]) -> Suite:
     return suite.model_copy(update={"models": tuple({model.name: model for model in chosen}.values())})
 
 
-def cards_of(suite: Suite) -> list[ModelCard]:
-    """A card per entry. Raises ModelError that names every entry whose weights are not here."""
+def cards_of(suite: Suite) -> tuple[list[ModelCard | None], list[str]]:
+    """A card per entry, None for each whose weights are not here; and, of each of these, what is missing where."""
     from ..models.card import resolve
 
-    cards, missing = [], []
+    cards: list[ModelCard | None] = []
+    absent = []
     for model in suite.models:
         try:
             cards.append(resolve(model))
-        except SafeMedError as error:
-            missing.append(f"{model.name}: {error}")
-    if missing:
-        raise ModelError("\n".join(missing))
-    return cards
+        except ModelError as error:
+            cards.append(None)
+            absent.append(f"{model.name}: {error}")
+    return cards, absent
 
 
-def plan_of(suite: Suite, request: Request) -> Plan:
-    """The work of a suite; what the flags cut away is in its notes."""
+def plans_of(suites: Sequence[Suite], request: Request) -> tuple[list[Plan], list[str]]:
+    """The work of every suite with an entry that is here, and what is said of the others.
+
+    Entries whose weights are not here are left out, each with a note. Raises ModelError where no entry is left at all.
+    """
+    plans: list[Plan] = []
+    absent: list[str] = []
+    for suite in suites:
+        cards, missing = cards_of(suite)
+        absent += [f"{suite.name}: {message}" for message in missing]
+        if any(cards):
+            plans.append(_plan(suite, request, cards, missing))
+    if not plans:
+        raise ModelError("\n".join(absent))
+    return plans, absent
+
+
+def _plan(suite: Suite, request: Request, cards: Sequence[ModelCard | None], missing: Sequence[str]) -> Plan:
+    """The work of one suite; what the flags cut away, and which entries are missing, is in its notes."""
     from .. import datasets
     from ..suite.plan import build_plan
 
-    cards = cards_of(suite)
     cut = request.limit is not None and suite.data.per_modality == request.limit
     notes = [f"limited to {request.limit} questions per modality"] if cut else []
     notes += [f"only {key} {' or '.join(values)}" for key, values in suite.data.filter.items()]
+    notes += [f"LEFT OUT {' '.join(message.split())}" for message in missing]
     return build_plan(suite, datasets.load(suite.data), cards, dtype=resolved_dtype(suite.run), notes=notes)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -14,6 +16,8 @@ from typing import Any, Generic, TypeVar
 from .errors import UsageError, did_you_mean
 
 T = TypeVar("T")
+OURS = __name__.partition(".")[0]
+"""The package itself; whatever is defined elsewhere is a plugin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,14 @@ class Registry(Generic[T]):
             item = self._items[name] = item.resolve()
         return item
 
+    def source(self, name: str) -> str:
+        """Hash of the code of plugin `name`; "" for what ships with this package, and imports none of that."""
+        self._load()
+        held = self._items.get(name)
+        if isinstance(held, _Reference) and _top(held.target.partition(":")[0]) == OURS:
+            return ""
+        return source_digest(self.get(name))
+
     def __contains__(self, name: object) -> bool:
         self._load()
         return name in self._items
@@ -101,7 +113,8 @@ def load_plugin_file(path: str | Path) -> None:
     path = Path(path).resolve()
     if not path.is_file():
         raise UsageError(f"plugin file not found: {path}")
-    name = f"safemed_plugin_{path.stem}"
+    # by its whole path: two files of one name in two folders are two plugins
+    name = f"safemed_plugin_{path.stem}_{_digest(str(path).encode())}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
@@ -117,3 +130,29 @@ def load_plugin_file(path: str | Path) -> None:
     except Exception as error:  # a stranger's file may raise anything
         del sys.modules[name]
         raise UsageError(f"plugin file {path} failed: {type(error).__name__}: {error}") from error
+
+
+def source_digest(item: object) -> str:
+    """Hash of the file that defines `item`, or of all Python files of its package; "" for ours and for no file.
+
+    A loose file is hashed alone: what it imports from other loose files is not seen.
+    """
+    while isinstance(item, functools.partial):
+        item = item.func
+    name = str(getattr(item, "__module__", ""))
+    module, top = sys.modules.get(name), sys.modules.get(_top(name))
+    if module is None or _top(name) == OURS:
+        return ""
+    folders = [Path(folder) for folder in getattr(top, "__path__", ())]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    if not files and (file := getattr(module, "__file__", None)):
+        files = [Path(file)]
+    return _digest(b"\x1f".join(file.read_bytes() for file in files)) if files else ""
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

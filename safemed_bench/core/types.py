@@ -52,14 +52,13 @@ class Question:
 class ThreatModel:
     """What an adversary may do to the [0, 1] image that the processor is given.
 
-    eps is on the [0, 1] pixel scale, in `norm` over all C*H*W values of one image. With `quantize` the final image
-    is rounded to the 8-bit grid inside the ball. The tensor side (project, start, check) is in attacks/threat.py.
+    eps is on the [0, 1] pixel scale, in `norm` over all C*H*W values of one image; the final image is always on the
+    8-bit grid, inside the ball. The tensor side (project, start, quantize) is in attacks/threat.py.
     """
 
     norm: Norm
     eps: float
     bounds: tuple[float, float] = (0.0, 1.0)
-    quantize: bool = True
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):

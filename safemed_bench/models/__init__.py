@@ -15,12 +15,14 @@ def load_model(
     """Build the model of a suite's entry for a canvas of `resolution` pixels.
 
     `device` auto takes the first GPU where there is one; `dtype` auto is bfloat16 there and float32 on the CPU.
-    Raises ModelError where weights are absent or the adapter's start-up self-check fails.
+    A plugin's builder is called with `resolution` and `device`, and with what the suite sets of the entry; where it has
+    a parameter `dtype` and the entry sets none, that gets the run's. Raises ModelError where weights are absent or the
+    adapter's start-up self-check fails, UsageError for a setting that the builder does not take.
     """
     import torch
 
     from ..core import registry
-    from .card import resolve
+    from .card import builder_settings, resolve
 
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -30,4 +32,5 @@ def load_model(
 
         wanted = card.dtype if card.dtype not in (None, "auto") else dtype
         return HuggingFaceVLM.load(card, size, device=where, dtype=wanted or "auto")
-    return registry.models.get(spec.name)(resolution=size, device=where)
+    builder = registry.models.get(spec.name)
+    return builder(resolution=size, device=where, **builder_settings(builder, spec, dtype))

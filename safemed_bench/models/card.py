@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..core import registry
-from ..core.errors import ModelError
+from ..core.errors import ModelError, UsageError
 from .prompts import get_prompt
 
 Decode = Literal["logprob", "generate"]
 
 ENTRY_FILE = "entry.json"
 EXTRACTION_VERSION = 1
+SETTINGS = ("revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter")
+"""What a suite may set of an entry, beside its name, folder and canvas."""
 
 
 class Spec(Protocol):
@@ -74,7 +78,8 @@ def _registered(spec: Spec) -> ModelCard:
     prompt: str = spec.prompt or str(getattr(item, "prompt", "instruct"))
     own: Decode = getattr(item, "decode", None) or ("generate" if reasons else "logprob")
     decode: Decode = spec.decode or own
-    source = f"{getattr(item, '__module__', '')}.{getattr(item, '__qualname__', spec.name)}"
+    builder_settings(item, spec)
+    identity = str(getattr(item, "fingerprint", "") or getattr(item, "__qualname__", spec.name))
     return ModelCard(
         name=spec.name,
         path="",
@@ -82,10 +87,27 @@ def _registered(spec: Spec) -> ModelCard:
         decode=decode,
         max_new_tokens=spec.max_new_tokens or 256,
         reasons=reasons,
-        fingerprint=str(getattr(item, "fingerprint", "") or _digest(source.encode())),
+        fingerprint=_digest(f"{identity}\x1f{registry.models.source(spec.name)}".encode()),
         description=(item.__doc__ or "").strip().split("\n")[0],
         dtype=spec.dtype,
     )
+
+
+def builder_settings(builder: Callable[..., Any], spec: Spec, dtype: str | None = None) -> dict[str, Any]:
+    """What the suite sets of a plugin model, to be passed to its builder by name; `dtype` is that of the run.
+
+    Raises UsageError for a setting that the builder has no parameter for: the card would tell of something that was
+    never done.
+    """
+    parameters = inspect.signature(builder).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = {name: value for name in SETTINGS if (value := getattr(spec, name, None)) not in (None, "auto")}
+    if refused := [name for name in given if name not in parameters and not open_ended]:
+        raise UsageError(
+            f"models.{spec.name}.{refused[0]}: the plugin that builds '{spec.name}' takes no `{refused[0]}`, so that "
+            "the setting would have no effect. Leave it out, or give the builder a parameter of that name"
+        )
+    return ({"dtype": dtype} if dtype and "dtype" in parameters else {}) | given
 
 
 def locate(path: str, revision: str | None = None) -> Path:
@@ -94,6 +116,8 @@ def locate(path: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} is not a model folder: config.json is missing")
+        if not any(map(_is_weights, folder.iterdir())):
+            raise ModelError(f"{folder} has no weights: it holds no *.safetensors, *.bin or *.pt")
         return folder
     if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1:
         raise ModelError(f"model folder not found: {path} (a hub id has the form owner/name)")
@@ -108,13 +132,18 @@ def locate(path: str, revision: str | None = None) -> Path:
             f"{f' at revision {revision}' if revision else ''}. Fetch it with `hf download {path}` on a machine with "
             "access, or give the folder that holds its config.json, *.safetensors and processor files as `path`."
         ) from error
-    missing = [what for what, pattern in _NEEDED.items() if not any(found.glob(pattern))]
+    missing = [] if (found / "config.json").is_file() else ["config.json"]
+    missing += [] if any(map(_is_weights, found.iterdir())) else ["weights (*.safetensors, *.bin or *.pt)"]
     if missing:
         raise ModelError(f"{path}: the cached copy {found} is incomplete, it lacks {', '.join(missing)}")
     return found
 
 
-_NEEDED = {"config.json": "config.json", "weights (*.safetensors)": "*.safetensors"}
+_TRAINER_STATE = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in {".safetensors", ".bin", ".pt"} and file.name not in _TRAINER_STATE
 
 
 def card_from_folder(name: str, folder: Path, spec: Spec | None = None) -> ModelCard:
@@ -155,6 +184,8 @@ def card_from_folder(name: str, folder: Path, spec: Spec | None = None) -> Model
 
 def _fingerprint(card: ModelCard, template: str) -> str:
     weights = folder_digest(card.path)
+    if card.adapter and not Path(card.adapter).is_dir():
+        raise ModelError(f"adapter folder not found: {card.adapter}")
     adapter = folder_digest(card.adapter) if card.adapter else ""
     parts = (weights, adapter, template, card.decode, card.max_new_tokens, EXTRACTION_VERSION)
     return _digest("\x1f".join(map(str, parts)).encode())
@@ -165,10 +196,9 @@ def _digest(data: bytes) -> str:
 
 
 def folder_digest(folder: str) -> str:
-    """Hash of all weights, configs and tokenizer files in a model folder."""
-    files = sorted(
-        p for p in Path(folder).iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".txt", ".model"}
-    )
+    """Hash of all weights, their indexes, configs and tokenizer files in a model folder."""
+    texts = {".json", ".jinja", ".txt", ".model"}
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in texts or _is_weights(p))
     stamp = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.name != ENTRY_FILE)
     return _digest_files(stamp)
 

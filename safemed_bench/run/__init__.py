@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RECORDS = "records.jsonl"
 SUITE = "suite.yaml"
 
-__all__ = ["RunInterruptedError", "RunOutcome", "execute"]
+__all__ = ["ModelsFailedError", "RunInterruptedError", "RunOutcome", "execute"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,14 @@ class RunOutcome:
     errors: int
     missing: int
     seconds: float
+
+
+class ModelsFailedError(ModelError):
+    """Some models could not be loaded. All the rest is done, as `outcome` tells."""
+
+    def __init__(self, errors: Sequence[str], outcome: RunOutcome) -> None:
+        super().__init__("\n".join(errors))
+        self.outcome = outcome
 
 
 def execute(
@@ -61,8 +69,8 @@ def execute(
     Writes suite.yaml, run.json, journal.jsonl, artefacts/ and, at the end, records.jsonl in the order of the plan.
 
     Raises UsageError where the folder is in use or cannot be written, DataError for a broken journal, IncompleteError
-    (on Ctrl-C its kind RunInterruptedError) where the run had to stop, ModelError where a model could not be loaded
-    (after the cells of all other models). Whatever was measured by then is in the journal.
+    (on Ctrl-C its kind RunInterruptedError) where the run had to stop, ModelsFailedError where a model could not be
+    loaded (after the cells of all other models). Whatever was measured by then is in the journal.
     """
     output, run = Path(output), plan.suite.run
     size = run.batch_size if batch_size is None else batch_size
@@ -111,7 +119,7 @@ class Work:
         outcome = self.outcome()
         run_file.finish("complete" if not outcome.missing else "incomplete", units=outcome.total, errors=outcome.errors)
         if self.failed_models:
-            raise ModelError("\n".join(self.failed_models.values()))
+            raise ModelsFailedError(tuple(self.failed_models.values()), outcome)
         return outcome
 
     def _announce(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..attacks.audit import LEVELS, audit
 from ..core.errors import DataError
 from ..core.journal import write_atomic
 from ..core.types import ThreatModel
@@ -76,15 +77,7 @@ def read(folder: Path, name: str) -> NDArray[np.int16]:
 
 
 def measure(canvas: NDArray[np.uint8], delta: NDArray[np.int16], threat: ThreatModel) -> Measured:
-    """Norms of one (3, H, W) difference, and whether ball and range hold. Slack is for float rounding alone."""
-    image = canvas.astype(np.int16) + delta
-    linf = float(np.abs(delta).max(initial=0)) / 255
-    l2 = float(np.sqrt(np.square(delta.astype(np.float64)).sum())) / 255
-    size = linf if threat.norm == "linf" else l2
-    low, high = threat.bounds
-    problem = ""
-    if size > threat.eps + 1e-6:
-        problem = f"perturbation {size:.6g} leaves the {threat.label} ball"
-    elif image.min() < low * 255 - 1e-3 or image.max() > high * 255 + 1e-3:
-        problem = f"pixel values {image.min()}..{image.max()} leave the range {low}..{high}"
-    return Measured(linf, l2, problem)
+    """Norms of one (3, H, W) difference, in 8-bit levels, and whether ball and box hold."""
+    linf = float(np.abs(delta).max(initial=0)) / LEVELS
+    l2 = float(np.sqrt(np.square(delta.astype(np.float64)).sum())) / LEVELS
+    return Measured(linf, l2, audit(threat, canvas, canvas.astype(np.int16) + delta))

@@ -15,7 +15,7 @@ def slices(count: int, size: int) -> list[range]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator ran out of memory; older torch, MPS and cuBLAS only say so in words."""
+    """Whether an accelerator ran out of memory; older torch and cuBLAS only say so in words."""
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     text = str(error).lower()

@@ -30,6 +30,8 @@ from .messages import Job, Settings
 BLANK_LEVEL = 128
 """`blank` shows a constant mid-grey image: no data set's black border, no dermoscopy white, just no picture."""
 
+NOT_JUDGED = "the saved image is not the one that was judged"
+
 
 @dataclass
 class Bench:
@@ -105,7 +107,7 @@ class Bench:
     def _judged(
         self, scene: Scene, clean: Sequence[Answer], results: Sequence[tuple[AttackResult, int]]
     ) -> list[Record]:
-        """Save the images, read them back, and let only what the file holds count."""
+        """Save the images, read them back, and let only what the file holds count: it must be what was judged."""
         job, folder = scene.job, self.settings.folder
         adversarial = np.stack([result.adversarial[place].numpy() for result, place in results])
         name = artefacts.artefact_name(job.cell, job.chunk, [u.key for u in scene.units])
@@ -114,8 +116,9 @@ class Bench:
         records = []
         for k, (result, place) in enumerate(results):
             measured = artefacts.measure(scene.canvas[k], deltas[k], scene.threat)
-            if measured.problem:
-                records.append(scene.record(k, error=measured.problem, artefact=f"{name}#{k}"))
+            same = np.array_equal(scene.canvas[k] + deltas[k], adversarial[k])
+            if problem := measured.problem or ("" if same else NOT_JUDGED):
+                records.append(scene.record(k, error=problem, artefact=f"{name}#{k}"))
                 continue
             values = _verdict(scene, k, result.answers[place]) | _effort(result, place)
             records.append(

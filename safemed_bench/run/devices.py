@@ -38,12 +38,16 @@ def choose_devices(device: str, workers: int | str | None, jobs: int) -> tuple[s
     is taken at its word and goes round the devices.
     """
     kind, _, number = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps"):
-        raise UsageError(f"unknown device '{device}'. Known: auto, cpu, cuda, cuda:N, mps")
+    if kind == "mps":
+        raise UsageError(
+            "device 'mps' cannot be used: images are rounded into the ball in float64, which it lacks; use cpu"
+        )
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device '{device}'. Known: auto, cpu, cuda, cuda:N")
     gpus = gpu_count() if kind in ("auto", "cuda") else 0
     if kind == "cuda" and (gpus == 0 or (number and not 0 <= int(number) < gpus)):
         raise UsageError(f"device '{device}' was asked for, but torch sees {gpus} GPU(s) here")
-    if number or kind == "mps":
+    if number:
         places = [device]
     elif gpus:
         places = [f"cuda:{index}" for index in range(gpus)]

@@ -1,7 +1,8 @@
 """The local engine: worker processes, one job each at a time, dealt as they come free. It never imports torch.
 
 A worker that dies is replaced. Its job is tried once more as it was; if it fails again it is halved until the
-question that kills it stands alone and gets an error record. So one poisonous question costs one question.
+question that kills it stands alone and gets an error record. So one poisonous question costs one question; a fault
+that hits every question of a cell costs a few, since the rest of the cell is then given up.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ PATIENCE = 2.0
 START_FAILURES = 3
 """Workers that die before they are up, one after the other, until the run is given up."""
 
+FAULTS_IN_A_ROW = 5
+"""Single questions of a cell that fail with the same error, none having worked between, until it is given up."""
+
 
 @dataclass(slots=True)
 class Task:
@@ -52,6 +56,27 @@ class Crew:
     seen: set[tuple[str, ...]] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class Brake:
+    """Tells a fault that hits every question of a cell from one that hits a few."""
+
+    _rows: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def failed(self, cell: str, error: str) -> None:
+        """One question of `cell` alone ended in `error`."""
+        before, count = self._rows.get(cell, (error, 0))
+        self._rows[cell] = (error, count + 1 if before == error else 1)
+
+    def worked(self, cell: str) -> None:
+        if not self.fault(cell):
+            self._rows.pop(cell, None)
+
+    def fault(self, cell: str) -> str:
+        """Why the rest of `cell` is given up, "" while it is not."""
+        error, count = self._rows.get(cell, ("", 0))
+        return f"not tried: {count} questions in a row failed with: {error}" if count >= FAULTS_IN_A_ROW else ""
+
+
 class LocalEngine:
     """Workers on the given devices, as a context manager: leaving it ends them all."""
 
@@ -61,6 +86,7 @@ class LocalEngine:
         self._crew: list[Crew] = []
         self._devices = tuple(devices)
         self._failed_starts = 0
+        self._brake = Brake()
 
     def __enter__(self) -> Self:
         return self
@@ -123,8 +149,10 @@ class LocalEngine:
             case Failed(error=error) if task:
                 member.task = None
                 return self._again(task, error, waiting)
-            case Done():
+            case Done(job=job, records=records):
                 member.task = None
+                if not all(record.error for record in records):
+                    self._brake.worked(job.cell)
                 self._deal(member, waiting)  # before its records are written, so that it need not wait for the disk
             case ModelFailed(model=name):
                 member.task = None
@@ -150,11 +178,15 @@ class LocalEngine:
     def _again(self, task: Task, error: str, waiting: deque[Task]) -> list[Event]:
         """Once more, then in halves; a single question that failed again is given up, by name."""
         job = task.job
+        if fault := self._brake.fault(job.cell):  # another worker was still at it when the cell was given up
+            return [_given_up(job, fault)]
         if task.tries < 2:
             waiting.appendleft(task)
             return []
         if len(job.units) == 1:
-            return [Done(job, (job.record(0, error=f"question {job.questions[0].id}: {error}"),))]
+            self._brake.failed(job.cell, error)
+            done = Done(job, (job.record(0, error=f"question {job.questions[0].id}: {error}"),))
+            return [done, *self._give_up(job.cell, waiting)]
         middle = len(job.units) // 2
         halves = (job.part(0, middle), job.part(middle, len(job.units)))
         # one try each is enough: the whole has failed twice, so that this is not bad luck
@@ -162,6 +194,17 @@ class LocalEngine:
         if not task.whole:
             return []
         return [Note(f"{job.cell}: {len(job.units)} questions failed twice ({error}); trying them in halves")]
+
+    def _give_up(self, cell: str, waiting: deque[Task]) -> list[Event]:
+        """Error records for all that is left of a cell whose questions all meet the same fault."""
+        fault = self._brake.fault(cell)
+        rest = [task for task in waiting if task.job.cell == cell] if fault else []
+        if not rest:
+            return []
+        for task in rest:
+            waiting.remove(task)
+        left = sum(len(task.job.units) for task in rest)
+        return [Note(f"{cell}: {left} questions {fault}"), *(_given_up(task.job, fault) for task in rest)]
 
     def _hire(self, device: str) -> Crew:
         mine, theirs = self._context.Pipe()
@@ -188,6 +231,10 @@ class LocalEngine:
 
 def _questions(job: Job) -> tuple[str, ...]:
     return tuple(q.id for q in job.questions)
+
+
+def _given_up(job: Job, fault: str) -> Done:
+    return Done(job, tuple(job.record(i, error=f"question {q.id}: {fault}") for i, q in enumerate(job.questions)))
 
 
 def _choose(member: Crew, waiting: Iterable[Task]) -> Task:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..attacks import CODE_VERSION as ATTACK_VERSION
 from ..attacks import applies, standard_objectives
+from ..core import registry
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
 from ..core.types import Question, ThreatModel, Unit
@@ -117,15 +118,16 @@ class Plan:
 def build_plan(
     suite: Suite,
     dataset: Dataset,
-    cards: Sequence[ModelCard],
+    cards: Sequence[ModelCard | None],
     *,
     dtype: str | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Cells, units and chunks of a suite. `cards` has one card per entry of `suite.models`, in that order.
 
-    `dtype` is the resolved run.dtype; without it the suite's word goes into the keys. `notes` come before the plan's
-    own. Raises UsageError where there is no question, or where questions share an id.
+    None for a card leaves its entry out; the caller says why in `notes`, which come before the plan's own. `dtype` is
+    the resolved run.dtype; without it the suite's word goes into the keys. Raises UsageError where there is no
+    question, or where questions share an id.
     """
     questions = dataset.questions
     if not questions:
@@ -135,6 +137,8 @@ def build_plan(
     said = list(notes)
     cells: list[Cell] = []
     for model, card in zip(suite.models, cards, strict=True):
+        if card is None:
+            continue
         for condition in conditions_for(suite, card, said):
             cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
     if twice := _repeated(cell.name for cell in cells):
@@ -209,8 +213,17 @@ def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
     ]
     threat = condition.threat
     attack = [condition.kind, condition.attack, condition.objective, condition.params]
-    ball = [threat.norm, threat.eps, threat.bounds, threat.quantize] if threat else []
-    return [cell.name, model, attack, ball, cell.model.resolution or data.resolution, data.fit, condition.versions]
+    ball = [threat.norm, threat.eps, threat.bounds] if threat else []
+    side = cell.model.resolution or data.resolution
+    return [cell.name, model, attack, ball, side, data.fit, condition.versions, *_plugin_sources(condition)]
+
+
+def _plugin_sources(condition: Condition) -> list[str]:
+    """Hashes of the attack's and the objective's code where these are plugins, which CODE_VERSIONS knows nothing of."""
+    if not condition.attack:
+        return []
+    sources = [registry.attacks.source(condition.attack), registry.objectives.source(condition.objective)]
+    return sources if any(sources) else []
 
 
 def _image(question: Question) -> str:
