@@ -44,7 +44,7 @@ Model = Annotated[list[str] | None, typer.Option(help="Only this entry; a regist
 Filter = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="modality, question_type or source.")]
 Set = Annotated[list[str] | None, typer.Option(metavar="KEY.PATH=VALUE", help="Change one key; the value is YAML.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Batch = Annotated[str | None, typer.Option(metavar="auto|N", help="Questions per forward pass.")]
 Workers = Annotated[str | None, typer.Option(metavar="auto|N", help="Processes.")]
 Output = Annotated[str | None, typer.Option(help="Folder of the run [default: reports/SUITE].")]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from safemed_bench.core.errors import Problem, SuiteError
+from safemed_bench.training.checkpoint import config_digest
 from safemed_bench.training.config import TrainConfig, load_config
 
 REPO = Path(__file__).parents[1]
@@ -139,9 +140,15 @@ def test_a_missing_file(tmp_path: Path) -> None:
     assert "Did you mean 'instruct'?" in only("instrct").message
 
 
-def test_a_split_file_that_is_not_named_leaves_no_trace(write: Write) -> None:
+LATE = ("data.split_file=s.json", "precision=bf16", "stages.1.tasks.0.question_types=[Lesion Grading]")
+
+
+@pytest.mark.parametrize("late", LATE)
+def test_a_late_come_key_that_is_not_used_leaves_no_trace(write: Write, late: str) -> None:
     """Checkpoints are kept by a hash of the config: a new key that is not used must not orphan them."""
-    config = load_config(write(MINIMAL))
-    assert "split_file" not in config.model_dump(mode="json")["data"]
-    named = load_config(write(MINIMAL), ("data.split_file=s.json",))
-    assert TrainConfig.model_validate(named.model_dump(mode="json")) == named
+    key = late.partition("=")[0].rpartition(".")[2]
+    plain, used = load_config(write(MINIMAL)), load_config(write(MINIMAL), (late,))
+    assert key not in str(plain.model_dump(mode="json")) and key in str(used.model_dump(mode="json"))
+    assert config_digest(plain) != config_digest(used)
+    for config in (plain, used):
+        assert TrainConfig.model_validate(config.model_dump(mode="json")) == config

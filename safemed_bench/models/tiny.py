@@ -177,6 +177,30 @@ def _tie_queries_to_keys(model: Qwen3VLForConditionalGeneration) -> None:
         key.copy_(layer.self_attn.q_proj.weight[: key.shape[0]])
 
 
+@torch.no_grad()
+def grow(model: Qwen3VLForConditionalGeneration, layers: int, seed: int = 0) -> Qwen3VLForConditionalGeneration:
+    """The same function with `layers` text layers: the new ones, on top, add nothing at first (1511.05641).
+
+    Answering with a bare letter takes more steps in a row than naming what is seen: see, name, find the name among the
+    options, give its letter. A model that can name grows the layers that it needs for the rest.
+    """
+    old = model.config.text_config.num_hidden_layers
+    settings = model.config.to_dict()
+    settings["text_config"]["num_hidden_layers"] = layers
+    settings["text_config"].pop("layer_types", None)
+    config = Qwen3VLConfig.from_dict(settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        grown = Qwen3VLForConditionalGeneration(config)
+    _tie_queries_to_keys(grown)
+    grown.load_state_dict(model.state_dict(), strict=False)
+    for layer in grown.model.language_model.layers[old:]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    grown.generation_config = model.generation_config
+    return grown
+
+
 def save(model: Any, processor: Any, folder: str | Path) -> None:
     """Weights (in the model's own dtype), config, tokenizer and processor files, loadable by path."""
     model.save_pretrained(folder)

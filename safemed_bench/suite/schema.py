@@ -219,7 +219,7 @@ class RunSpec(_Part):
     )
     chunk: Count = Field(default=50, description="Questions per work chunk; fixed, so that workers change nothing.")
     workers: CountOrAuto = Field(default="auto", description="Processes; auto is one per GPU, or one per core.")
-    device: Text = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps.")
+    device: Text = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Dtype = Field(default="auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
     fail_on_error: Number = Field(default=0.0, ge=0, le=1, description="Share of units that may end in an error.")
     output: Text | None = Field(default=None, description="Folder of the run; by default reports/<suite name>.")
@@ -228,8 +228,8 @@ class RunSpec(_Part):
     @classmethod
     def _known_device(cls, value: str) -> str:
         kind, _, number = value.partition(":")
-        if kind not in ("auto", "cpu", "cuda", "mps") or (":" in value and (kind != "cuda" or not number.isdigit())):
-            raise ValueError(f"unknown device '{value}'. Known: auto, cpu, cuda, cuda:N, mps")
+        if kind not in ("auto", "cpu", "cuda") or (":" in value and (kind != "cuda" or not number.isdigit())):
+            raise ValueError(f"unknown device '{value}'. Known: auto, cpu, cuda, cuda:N")
         return value
 
 

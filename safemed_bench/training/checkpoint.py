@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,36 @@ from torch import nn
 
 from ..core.errors import ModelError, UsageError
 from ..models import tiny
-from ..models.card import ENTRY_FILE, ModelCard, card_from_folder, locate
+from ..models.card import ENTRY_FILE, ModelCard, card_from_folder, folder_digest, locate
 from ..models.huggingface import HuggingFaceVLM
 from ..models.prompts import get_prompt
 from .config import TrainConfig
+from .log import METRICS
 
 KEEP = 2
 FREE_FIELDS = {"output", "log_every", "eval_every", "eval_questions", "save_every", "description", "export_dtype"}
 """Fields that change nothing in the weights; a run may be resumed with other values of them."""
 
+DIFFERENT = {"config": "another config", "start": "other start weights (init)", "data": "other training data"}
+"""What is said where a part of a checkpoint's origin is not the run's."""
+
 
 def load_start(config: TrainConfig, words: Sequence[str], device: torch.device) -> HuggingFaceVLM:
-    """The model a run starts from, trainable, in float32 on CPU."""
+    """The model a run starts from, trainable, in float32: AdamW's steps are below the resolution of bfloat16 weights.
+
+    Autocast makes the forward pass cheaper where `precision` says so.
+    """
     resolution = (config.data.resolution, config.data.resolution)
     if config.init == "tiny":
         model, processor = tiny.build(words, seed=config.seed, resolution=config.data.resolution, **config.architecture)
         return HuggingFaceVLM(model.train(), processor, _card(config, ""), resolution, device=device)
     folder = _start_folder(config.init)
     card = replace(card_from_folder(config.name, folder), prompt=config.prompt, adapter=None)
-    vlm = HuggingFaceVLM.load(_with_reading(card, config), resolution, device=device)
+    vlm = HuggingFaceVLM.load(_with_reading(card, config), resolution, device=device, dtype="fp32")
+    if layers := config.architecture.get("layers"):
+        vlm = HuggingFaceVLM(
+            tiny.grow(vlm.model, layers, config.seed), vlm.processor, vlm.card, resolution, device=device
+        )
     vlm.model.train().requires_grad_(True)
     return vlm
 
@@ -63,23 +75,36 @@ def _with_reading(card: ModelCard, config: TrainConfig) -> ModelCard:
 class Checkpoints:
     """`checkpoints/step-N.pt` in the run's folder: weights, optimiser, schedule and random states of the process."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, data: str) -> None:
         self.folder = config.folder / "checkpoints"
         self.accelerator = accelerator
-        self.digest = config_digest(config)
+        self.origin = origin(config, data)
+
+    def set_aside(self) -> None:
+        """Rename what an earlier run left, `checkpoints` to `checkpoints.1` and so on, for a fresh run to begin."""
+        if self.accelerator.is_main_process:
+            paths = (self.folder, self.folder.with_name(METRICS))
+            names = ([path.with_name(f"{path.stem}.{n}{path.suffix}") for path in paths] for n in count(1))
+            free = next(new for new in names if not any(path.exists() for path in new))
+            for old, new in zip(paths, free, strict=True):
+                if old.exists():
+                    old.rename(new)
+        self.accelerator.wait_for_everyone()
 
     def latest_step(self) -> int:
         """Optimiser steps done in the newest complete checkpoint, 0 where there is none.
 
-        Raises UsageError where it was made by another config.
+        Raises UsageError where another config, other start weights or other data made it, and says which.
         """
         steps = sorted(int(p.stem.split("-")[1]) for p in self.folder.glob("step-*.pt"))
         if not steps:
             return 0
-        found = torch.load(self._path(steps[-1]), map_location="cpu", weights_only=True)["digest"]
-        if found != self.digest:
+        state = torch.load(self._path(steps[-1]), map_location="cpu", weights_only=True, mmap=True)
+        found = state.get("origin", {})
+        if other := [words for part, words in DIFFERENT.items() if found.get(part) != self.origin[part]]:
             raise UsageError(
-                f"{self.folder} holds checkpoints of another config; give another output folder or use --no-resume"
+                f"{self.folder} holds checkpoints of a run with {' and '.join(other)}; give another output folder, "
+                "or use --no-resume, which sets them aside"
             )
         return steps[-1]
 
@@ -92,7 +117,7 @@ class Checkpoints:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "digest": self.digest,
+            "origin": self.origin,
             "model": self.accelerator.unwrap_model(model).state_dict(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
@@ -115,6 +140,16 @@ class Checkpoints:
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
+
+
+def origin(config: TrainConfig, data: str) -> dict[str, str]:
+    """Hashes of all that decides the weights: a checkpoint may be continued only where every one is the same.
+
+    `init` and `data.root` are names in a config; what they hold may change under the same name. `data` is the
+    fingerprint of the training data.
+    """
+    start = "" if config.init == "tiny" else folder_digest(str(_start_folder(config.init)))
+    return {"config": config_digest(config), "start": start, "data": data}
 
 
 def config_digest(config: TrainConfig) -> str:

@@ -22,6 +22,11 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
+def _without_default(values: dict[str, Any], key: str, default: Any = None) -> dict[str, Any]:
+    """Without a late-come key that is not used, so that checkpoints from before there was one still fit."""
+    return {k: v for k, v in values.items() if k != key or v not in (default, (), [])}
+
+
 class TaskConfig(_Model):
     """One kind of training example; a batch holds one kind, drawn by weight."""
 
@@ -32,6 +37,9 @@ class TaskConfig(_Model):
     )
     prompts: tuple[str, ...] = Field(default=("instruct",), description="Prompt templates (models/prompts.py).")
     weight: Number = Field(default=1.0, gt=0, description="Relative share of batches.")
+    question_types: tuple[Text, ...] = Field(
+        default=(), description="Only questions of these types; empty for all. A second task with the hard ones."
+    )
     letter_weight: Number = Field(
         1.0, gt=0, description="Loss weight of the tokens that name the option's letter; others have 1."
     )
@@ -43,6 +51,10 @@ class TaskConfig(_Model):
             if name not in PROMPTS:
                 raise ValueError(f"unknown prompt '{name}'.{did_you_mean(name, list(PROMPTS))}")
         return names
+
+    @model_serializer(mode="wrap")
+    def _plain(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_default(default(self), "question_types")
 
 
 class StageConfig(_Model):
@@ -78,8 +90,7 @@ class DataConfig(_Model):
 
     @model_serializer(mode="wrap")
     def _plain(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a split_file that is not set, so that checkpoints from before there was one still fit."""
-        return {key: value for key, value in default(self).items() if key != "split_file" or value is not None}
+        return _without_default(default(self), "split_file")
 
 
 class TrainConfig(_Model):
@@ -90,7 +101,9 @@ class TrainConfig(_Model):
     init: Text = Field(
         "tiny", description="'tiny' for random weights, else an entry name or model folder to start from."
     )
-    architecture: dict[str, Any] = Field(default_factory=dict, description="Sizes for init 'tiny' (models/tiny.py).")
+    architecture: dict[str, Any] = Field(
+        default_factory=dict, description="Sizes for init 'tiny'; `layers` also grows another start (models/tiny.py)."
+    )
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="Training data.")
     stages: tuple[StageConfig, ...] = Field(min_length=1, description="Run in order.")
     prompt: Text = Field(default="instruct", description="Prompt the finished entry is deployed with.")
@@ -99,14 +112,25 @@ class TrainConfig(_Model):
     )
     max_new_tokens: Count = Field(default=64, description="Generation limit of the finished entry, tokens.")
     seed: Whole = Field(default=0, description="Seed of weights, batches and tasks.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Arithmetic of the forward pass; weights and optimiser are always float32. "
+        "auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.",
+    )
     output: Path | None = Field(
         None, description="Folder of checkpoints and of the finished entry (default runs/NAME)."
     )
     log_every: Count = Field(default=50, description="Steps between lines in metrics.jsonl.")
-    eval_every: Count = Field(default=500, description="Steps between validations.")
+    eval_every: Count = Field(
+        default=500, description="Steps between validations; the first comes at step 100 at the latest."
+    )
     eval_questions: Whole = Field(default=200, description="Validation questions, stratified; 0 for none.")
     save_every: Count = Field(default=500, description="Steps between checkpoints (the last two are kept).")
     export_dtype: Literal["float16", "float32"] = Field(default="float16", description="Dtype of the saved weights.")
+
+    @model_serializer(mode="wrap")
+    def _plain(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_default(default(self), "precision", "auto")
 
     @property
     def folder(self) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.errors import UsageError, did_you_mean
 from ..core.types import LETTERS, Question
+from ..datasets.base import cache_folder
 from .config import DataConfig
 
 
 @dataclass(frozen=True)
 class Corpus:
     """questions[i] asks about images[image_of[i]] ((n, H, W, 3) uint8); rationales[i] is its chain of thought and
-    captions[i] says what its image shows."""
+    captions[i] says what its image shows. `fingerprint` changes whenever the questions or images do."""
 
     questions: tuple[Question, ...]
     rationales: tuple[str, ...]
@@ -28,9 +31,24 @@ class Corpus:
     images: NDArray[np.uint8]
     image_of: NDArray[np.int64]
     words: tuple[str, ...]
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def rows_of(self, question_types: Sequence[str]) -> NDArray[np.int64]:
+        """Rows of the questions of these types, in order; all where none is named. UsageError on an unknown one."""
+        if unknown := [name for name in question_types if name not in self._rows]:
+            raise UsageError(f"no question of type '{unknown[0]}'.{did_you_mean(unknown[0], list(self._rows))}")
+        if not question_types:
+            return np.arange(len(self))
+        return np.sort(np.concatenate([self._rows[name] for name in dict.fromkeys(question_types)]))
+
+    @cached_property
+    def _rows(self) -> dict[str, NDArray[np.int64]]:
+        """Rows by question type."""
+        types = np.array([question.question_type for question in self.questions])
+        return {str(name): np.flatnonzero(types == name) for name in np.unique(types)}
 
     def canvases(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """(len(rows), 3, H, W) uint8."""
@@ -42,11 +60,6 @@ def load_corpus(config: DataConfig, split: str, cache: Path | None = None) -> Co
     if config.name == "phantom":
         return _phantom(config, split, cache or cache_folder())
     return _folder(config, split)
-
-
-def cache_folder() -> Path:
-    """Where generated images are kept: SAFEMED_CACHE, else ~/.cache/safemed-bench."""
-    return Path(os.environ.get("SAFEMED_CACHE") or Path.home() / ".cache" / "safemed-bench")
 
 
 def _phantom(config: DataConfig, split: str, cache: Path) -> Corpus:
@@ -73,6 +86,7 @@ def _phantom(config: DataConfig, split: str, cache: Path) -> Corpus:
         images=np.load(name.with_suffix(".npy"), mmap_mode="r"),
         image_of=np.array([index_of(r) for r in records]),
         words=tuple(w for w in WORDS if w.isalpha() and len(w) > 1),
+        fingerprint=spec.fingerprint(),
     )
 
 
@@ -108,7 +122,8 @@ def _folder(config: DataConfig, split: str) -> Corpus:
         fit=config.fit,
         phantom={},
     )
-    questions = tuple(q for q in load(spec).questions if not q.image_error)
+    dataset = load(spec)
+    questions = tuple(q for q in dataset.questions if not q.image_error)
     paths = sorted({q.image for q in questions})
     row = {path: i for i, path in enumerate(paths)}
     images = np.stack([load_canvas(path, config.resolution, config.fit) for path in paths])
@@ -119,6 +134,7 @@ def _folder(config: DataConfig, split: str) -> Corpus:
         images=images,
         image_of=np.array([row[q.image] for q in questions]),
         words=tuple(w for w in WORDS if w.isalpha() and len(w) > 1),
+        fingerprint=dataset.fingerprint,
     )
 
 

@@ -13,16 +13,20 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+METRICS = "metrics.jsonl"
+
 
 class TrainLog:
     """Means of the values of the last steps, one JSON line each `log_every` steps, and one per validation.
 
-    Lines written after the step that a run resumes from are dropped, so that a step stands in the file once.
+    Lines written after the step that a run resumes from are dropped, so that a step stands in the file once. Of
+    several processes only the first, `main`, writes and shows anything.
     """
 
-    def __init__(self, folder: Path, total: int, begun: int, quiet: bool) -> None:
+    def __init__(self, folder: Path, total: int, begun: int, quiet: bool, main: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.total, self.begun = folder / "metrics.jsonl", total, begun
+        self.path, self.total, self.begun, self._main = folder / METRICS, total, begun, main
+        quiet = quiet or not main
         self._sums: dict[str, list[float]] = defaultdict(list)
         self._seconds: list[float] = []
         self._quiet, self._said = quiet, time.monotonic()
@@ -37,8 +41,9 @@ class TrainLog:
         )
 
     def __enter__(self) -> Self:
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= self.begun]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        if self._main:
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= self.begun]
+            self.path.write_text("".join(line + "\n" for line in kept))
         self._bar.start()
         self._task = self._bar.add_task("training", total=self.total, completed=self.begun)
         return self
@@ -80,5 +85,6 @@ class TrainLog:
             self._said = time.monotonic()
 
     def _write(self, line: dict[str, object]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self._main:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")

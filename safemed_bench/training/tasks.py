@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from ..core.types import LETTERS, Question
+from ..models.answers import fork
 from ..models.prompts import get_prompt, problem_text
 from .config import TaskConfig
 
@@ -38,10 +39,29 @@ def question_example(
     prompt = get_prompt(task.prompts[int(rng.integers(len(task.prompts)))])
     letter = LETTERS[question.answer]
     rationale = rationale[:-1] + letter
-    reply = model.encode(prompt.reply(letter, rationale if prompt.reasons else None))
-    spelt = {model.encode(letter), model.encode(f" {letter}")}
-    weights = [task.letter_weight if (token,) in spelt else 1.0 for token in reply]
+    text = prompt.reply(letter, rationale if prompt.reasons else None)
+    reply = model.encode(text)
+    weights = [1.0] * len(reply)
+    if task.letter_weight != 1:
+        places = [len(prompt.answer_prefix(rationale))]
+        if prompt.reasons:
+            places.append(text.index(rationale) + len(rationale) - 1)
+        for place in places:
+            for token in letter_tokens(model, text, place):
+                weights[token] = task.letter_weight
     return Example(prompt.user_text(question), (*reply, model.end_of_turn), (*weights, 1.0))
+
+
+def letter_tokens(model: TextModel, text: str, place: int) -> range:
+    """Positions of the tokens of `text` that spell the letter at character `place`.
+
+    They are what lies between the tokens that the text has in common with its likes, with each other letter there, at
+    its beginning and at its end; so a letter may be joined to what stands beside it (`>A`).
+    """
+    around = text[:place], text[place + 1 :]
+    before, _ = fork(model.encode, *around)
+    after, _ = fork(lambda like: model.encode(like)[::-1], *around)
+    return range(len(before), len(model.encode(text)) - len(after))
 
 
 CAPTION_REQUEST = "Describe this image."

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from ..core.seeds import derive_seed
+from ..datasets.splits import stratified
 from ..models.huggingface import HuggingFaceVLM
 from .config import TrainConfig
 from .data import Corpus
@@ -15,8 +14,7 @@ CHUNK = 64
 
 def validate(vlm: HuggingFaceVLM, corpus: Corpus, config: TrainConfig) -> dict[str, float]:
     """Accuracy and invalid rate, overall and per question type, on a fixed sample of the validation split."""
-    rng = np.random.default_rng(derive_seed(config.seed, "validation"))
-    rows = rng.permutation(len(corpus))[: config.eval_questions]
+    rows = sample(corpus, config)
     correct: dict[str, list[float]] = {"all": []}
     invalid = 0
     vlm.model.eval()
@@ -32,3 +30,9 @@ def validate(vlm: HuggingFaceVLM, corpus: Corpus, config: TrainConfig) -> dict[s
     vlm.model.train()
     rates = {f"accuracy/{name}": sum(v) / len(v) for name, v in correct.items()}
     return rates | {"invalid_rate": invalid / len(rows)}
+
+
+def sample(corpus: Corpus, config: TrainConfig) -> list[int]:
+    """Rows of `eval_questions` questions, balanced over modalities, with each one's question types in proportion."""
+    row = {question.id: i for i, question in enumerate(corpus.questions)}
+    return [row[q.id] for q in stratified(corpus.questions, len(corpus), config.seed)[: config.eval_questions]]
