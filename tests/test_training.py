@@ -363,7 +363,7 @@ def test_the_letters_tokens_of_the_default_entries():
 
 
 def test_grown_layers_change_nothing_at_first():
-    """Function-preserving growth (1511.05641): the deeper model answers as the shallower one, then has room to learn."""
+    """Function-preserving growth (1511.05641): the deeper model answers as the other one, then can learn."""
     from safemed_bench.models import tiny
 
     model, processor = tiny.build(WORDS, hidden=32, layers=2, vision_hidden=32, vision_layers=2)

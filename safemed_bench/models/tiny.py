@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from ..core.errors import ModelError
 from ..core.types import LETTERS
 from .processors import without_video
 from .prompts import PROMPTS
@@ -178,14 +180,19 @@ def _tie_queries_to_keys(model: Qwen3VLForConditionalGeneration) -> None:
 
 
 @torch.no_grad()
-def grow(model: Qwen3VLForConditionalGeneration, layers: int, seed: int = 0) -> Qwen3VLForConditionalGeneration:
+def grow(model: nn.Module, layers: int, seed: int = 0) -> Qwen3VLForConditionalGeneration:
     """The same function with `layers` text layers: the new ones, on top, add nothing at first (1511.05641).
 
     Answering with a bare letter takes more steps in a row than naming what is seen: see, name, find the name among the
-    options, give its letter. A model that can name grows the layers that it needs for the rest.
+    options, give its letter. A model that can name grows the layers that it needs for the rest. Raises ModelError where
+    the model is not a Qwen3-VL, or has as many layers already.
     """
-    old = model.config.text_config.num_hidden_layers
-    settings = model.config.to_dict()
+    if not isinstance(model, Qwen3VLForConditionalGeneration):
+        raise ModelError(f"only a Qwen3-VL can grow layers, not {type(model).__name__}")
+    settings: dict[str, Any] = model.config.to_dict()
+    old = settings["text_config"]["num_hidden_layers"]
+    if layers < old:
+        raise ModelError(f"the model has {old} text layers already: it cannot grow to {layers}")
     settings["text_config"]["num_hidden_layers"] = layers
     settings["text_config"].pop("layer_types", None)
     config = Qwen3VLConfig.from_dict(settings)
