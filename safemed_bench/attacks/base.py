@@ -335,7 +335,9 @@ def _gather(
         adversarial[at] = pursuit.images.cpu()
         trace = spread(torch.stack(pursuit.trace, dim=1) if pursuit.trace else None, torch.nan, torch.float32)
         for place, answer, suspected in zip(places, pursuit.answers, pursuit.suspected.tolist(), strict=True):
-            answers[place] = answer or answers[place]
+            moved = not torch.equal(adversarial[place], canvas[place])
+            # An image that was not changed has the verdict that it had, bit for bit: eps 0 is clean.
+            answers[place] = answer if answer and moved else answers[place]
             extra[place] = {"suspected": suspected} if suspected >= 0 else {}
         for place, note in zip(places, notes, strict=False):
             extra[place] |= note
