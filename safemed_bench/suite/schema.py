@@ -229,7 +229,8 @@ class RunSpec(_Part):
     def _known_device(cls, value: str) -> str:
         kind, _, number = value.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (":" in value and (kind != "cuda" or not number.isdigit())):
-            raise ValueError(f"unknown device '{value}'. Known: auto, cpu, cuda, cuda:N")
+            why = " Attacks need float64, which mps does not have." if kind == "mps" else ""
+            raise ValueError(f"unknown device '{value}'.{why} Known: auto, cpu, cuda, cuda:N")
         return value
 
 
