@@ -67,7 +67,7 @@ def test_pgd_agrees_with_art(threat):
     batch, answers = toy_batch(model, COUNT, wrong_every=0)
     attack = PGD(steps=STEPS, random_start=False, keep="last")
     prepared = build_objective("answer").prepare(model, batch, answers)
-    delta = attack.maximise(prepared, batch.pixels, threat, generators(COUNT))
+    delta = attack.maximise(prepared, batch.pixels, threat, generators(COUNT)).delta
     moved = 0.0
     for i in range(COUNT):
         one = batch.select([i])

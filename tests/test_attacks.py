@@ -312,12 +312,12 @@ def test_maximise_is_the_same_climb_without_verdicts():
     prepared = build_objective("answer").prepare(model, batch, answers)
     start, _ = prepared(batch.pixels)
     model.deployed = model.forwards = 0
-    delta = PGD(steps=4, keep="last").maximise(prepared, batch.pixels, HEADLINE, generators(8))
+    delta = PGD(steps=4, keep="last").maximise(prepared, batch.pixels, HEADLINE, generators(8)).delta
     assert model.deployed == 0 and model.forwards == 4 * 8
     assert delta.abs().max() <= HEADLINE.eps + 1e-7 and not delta.requires_grad
     assert (prepared(batch.pixels + delta).loss > start).all()
-    once = PGD(steps=4).maximise(prepared, batch.pixels, HEADLINE, generators(8))
-    more = PGD(steps=4, restarts=3).maximise(prepared, batch.pixels, HEADLINE, generators(8))
+    once = PGD(steps=4).maximise(prepared, batch.pixels, HEADLINE, generators(8)).delta
+    more = PGD(steps=4, restarts=3).maximise(prepared, batch.pixels, HEADLINE, generators(8)).delta
     assert (prepared(batch.pixels + more).loss >= prepared(batch.pixels + once).loss - 1e-6).all()
 
 

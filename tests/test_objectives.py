@@ -267,6 +267,6 @@ def test_objectives_on_a_reasoning_hugging_face_model(hugging_face, objective):
         assert all("slot" in note for note in prepared.extra)
         position = prepared.extra[0]["slot"]
         assert model.decode_text(answers[0].tokens[:position]).startswith("<think>Seen is")
-    delta = PGD(steps=2).maximise(prepared, batch.pixels, ThreatModel("linf", 8 / 255), generators(4))
+    delta = PGD(steps=2).maximise(prepared, batch.pixels, ThreatModel("linf", 8 / 255), generators(4)).delta
     start, end = prepared(batch.pixels).loss, prepared(batch.pixels + delta).loss
     assert (end > start).all()

@@ -20,7 +20,7 @@ from safemed_bench.models import huggingface
 from safemed_bench.models.card import card_from_folder
 from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.models.tiny import TAGS, build_tokenizer
-from safemed_bench.training import data, sft, train
+from safemed_bench.training import data, sft, train, trainer
 from safemed_bench.training.checkpoint import load_start
 from safemed_bench.training.config import TaskConfig, load_config
 from safemed_bench.training.log import METRICS, TrainLog
@@ -88,17 +88,17 @@ class _StopError(Exception):
 def test_an_interrupted_run_ends_bit_equal(config, tmp_path, stop_after, monkeypatch):
     whole = train(config, (f"output={tmp_path / 'whole'}", "export_dtype=float32"), quiet=True)
     overrides = (f"output={tmp_path / 'cut'}", "export_dtype=float32")
-    update, calls = sft._update, iter(range(1, 100))
+    update, calls = sft.SFT.update, iter(range(1, 100))
 
     def interrupted(*arguments):
         if next(calls) > stop_after:
             raise _StopError
         return update(*arguments)
 
-    monkeypatch.setattr(sft, "_update", interrupted)
+    monkeypatch.setattr(sft.SFT, "update", interrupted)
     with pytest.raises(_StopError):
         train(config, overrides, quiet=True)
-    monkeypatch.setattr(sft, "_update", update)
+    monkeypatch.setattr(sft.SFT, "update", update)
     resumed = train(config, overrides, quiet=True)
     one, other = _weights(whole), _weights(resumed)
     assert one.keys() == other.keys()
@@ -226,14 +226,15 @@ def test_shares_of_a_batch_give_its_gradient(config):
 
     def gradient(*batches):
         vlm.model.zero_grad()
-        for _, examples, canvas in batches:
-            (loss_of(examples, canvas) / len(batches)).backward()
+        for batch in batches:
+            pixels = None if batch.canvas is None else batch.canvas.float() / 255
+            (loss_of(batch.examples, pixels) / len(batches)).backward()
         return {name: p.grad for name, p in vlm.model.named_parameters()}
 
-    for step in list(sft.schedule(trial))[3:7:3]:  # text alone, and with images
-        whole = sft._batch(vlm, corpus, trial, step)
-        parts = [sft.share(whole, rank, 2) for rank in range(2)]
-        assert Counter(e.user for part in parts for e in part[1]) == Counter(e.user for e in whole[1])
+    for step in list(trainer.schedule(trial))[3:7:3]:  # text alone, and with images
+        whole = sft.draw(vlm, corpus, trial, step)
+        parts = [whole.share(rank, 2) for rank in range(2)]
+        assert Counter(e.user for part in parts for e in part.examples) == Counter(e.user for e in whole.examples)
         one, many = gradient(whole), gradient(*parts)
         for name, expected in one.items():
             assert (expected is None) == (many[name] is None)
@@ -242,7 +243,7 @@ def test_shares_of_a_batch_give_its_gradient(config):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(config, monkeypatch):
-    monkeypatch.setattr(sft.Accelerator, "num_processes", 3)
+    monkeypatch.setattr(trainer.Accelerator, "num_processes", 3)
     with pytest.raises(UsageError, match="stage 'binding': 3 processes cannot share a batch_size of 8 equally"):
         train(config, quiet=True)
 
@@ -290,7 +291,7 @@ def test_two_processes_give_the_weights_of_one(config, tmp_path):
 
 
 def test_validation_begins_early(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "EARLY", 2)
+    monkeypatch.setattr(trainer, "EARLY", 2)
     out = tmp_path / "out"
     train(config, (f"output={out}", "stages.0.steps=3", "stages.1.steps=2", "eval_every=4"), quiet=True)
     assert [line["step"] for line in _lines(out) if "event" in line] == [2, 4, 5]
@@ -360,17 +361,3 @@ def test_the_letters_tokens_of_the_default_entries():
         tokens = encode(text)
         assert text[place] == "B"
         assert [tokens[i] in {*encode("B"), *encode(" B")} for i in letter_tokens(model, text, place)] == [True]
-
-
-def test_grown_layers_change_nothing_at_first():
-    """Function-preserving growth (1511.05641): the deeper model answers as the other one, then can learn."""
-    from safemed_bench.models import tiny
-
-    model, processor = tiny.build(WORDS, hidden=32, layers=2, vision_hidden=32, vision_layers=2)
-    grown = tiny.grow(model, 4).eval()
-    text = processor.tokenizer("what is shown ?", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        assert torch.equal(model.eval()(input_ids=text).logits, grown(input_ids=text).logits)
-    loss = grown(input_ids=text, labels=text).loss
-    loss.backward()
-    assert grown.model.language_model.layers[3].self_attn.o_proj.weight.grad.abs().max() > 0

@@ -98,6 +98,13 @@ class AttackResult:
         return tuple(row[~row.isnan()].tolist())
 
 
+class Maximum(NamedTuple):
+    """delta: (B, 3, H, W) perturbation, on the device of the pixels. dead: (B,) steps without a usable gradient."""
+
+    delta: Tensor
+    dead: Tensor
+
+
 class Pursuit:
     """One attack on one batch: counts passes, keeps each question's best iterate, remembers verified successes.
 
@@ -282,7 +289,7 @@ class Attack(ABC):
     @final
     def maximise(
         self, prepared: Prepared, clean: Tensor, threat: ThreatModel, generators: Sequence[torch.Generator]
-    ) -> Tensor:
+    ) -> Maximum:
         """The best (B, 3, H, W) float perturbation, without verdicts and without the 8-bit grid.
 
         The inner maximisation of adversarial training; every sample takes all steps. `clean` is float in [0, 1].
@@ -290,7 +297,7 @@ class Attack(ABC):
         canvas = (clean * 255).round().to(torch.uint8)
         pursuit = Pursuit(prepared, clean, canvas, threat, generators)
         self.perturb(pursuit)
-        return project(threat, pursuit.peak_delta, clean)
+        return Maximum(project(threat, pursuit.peak_delta, clean), pursuit.dead)
 
 
 @contextmanager

@@ -106,6 +106,7 @@ models: Registry[Any] = Registry("model", "safemed_bench.models", ("safemed_benc
 attacks: Registry[Any] = Registry("attack", "safemed_bench.attacks", ("safemed_bench.attacks",))
 objectives: Registry[Any] = Registry("objective", "safemed_bench.objectives", ("safemed_bench.attacks",))
 datasets: Registry[Any] = Registry("data set", "safemed_bench.datasets", ("safemed_bench.datasets",))
+rewards: Registry[Any] = Registry("reward", "safemed_bench.rewards", ("safemed_bench.training.rewards",))
 
 
 def load_plugin_file(path: str | Path) -> None:

@@ -57,7 +57,7 @@ class HuggingFaceVLM:
         self._mrope: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         self._head_on_slice = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._fork = lru_cache(maxsize=4096)(partial(fork, self.encode))
-        self._end_ids = _end_ids(model, self.tokenizer)
+        self.end_ids = _end_ids(model, self.tokenizer)
         use_packed_vision_attention(model)
         _use_linear_patches(model)
 
@@ -99,7 +99,7 @@ class HuggingFaceVLM:
     def compose(self, texts: Sequence[str], *, image: bool = True) -> dict[str, Tensor]:
         """User texts to left-padded `input_ids`, `attention_mask` (B, L) and `position_ids` on the model's device."""
         rows = [self.chat.ids(text, image=image) for text in texts]
-        ids, mask = _pad_left(rows, self._pad_id)
+        ids, mask = _pad_left(rows, self.pad_id)
         positions = self._positions(ids, mask, image)
         return {k: v.to(self.device) for k, v in zip(INPUTS, (ids, mask, positions), strict=True)}
 
@@ -118,10 +118,10 @@ class HuggingFaceVLM:
     @property
     def end_of_turn(self) -> int:
         """The token that ends a reply."""
-        return self._end_ids[0]
+        return self.end_ids[0]
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
     def _positions(self, ids: Tensor, mask: Tensor, image: bool) -> Tensor:
@@ -142,7 +142,7 @@ class HuggingFaceVLM:
         """Prompt and continuation flush right: model inputs, continuation ids and mask (B, T), T >= 1 columns."""
         rows = [self.encode(t) if isinstance(t, str) else tuple(t) for t in text]
         width = max(1, max(map(len, rows)))
-        tail = torch.full((len(rows), width), self._pad_id)
+        tail = torch.full((len(rows), width), self.pad_id)
         tail_mask = torch.zeros(len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):
             tail[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
@@ -154,7 +154,7 @@ class HuggingFaceVLM:
         column = torch.arange(prompt.shape[1] + width, device=self.device)[None] - shift
         inside = (column >= 0) & (column < prompt.shape[1])
         source = column.clamp(0, prompt.shape[1] - 1)
-        ids = torch.where(inside, prompt.gather(1, source), self._pad_id)
+        ids = torch.where(inside, prompt.gather(1, source), self.pad_id)
         ids[:, -width:] = torch.where(tail_mask.bool(), tail, ids[:, -width:])
         joined_mask = torch.where(inside, mask.gather(1, source), 0)
         joined_mask[:, -width:] = joined_mask[:, -width:].where(~tail_mask.bool(), 1)
@@ -174,22 +174,24 @@ class HuggingFaceVLM:
         """What the image processor would give for (B, 3, H, W) pixels in [0, 1], None for a blind prompt."""
         return self.pixel_map(pixels) if self.prompt.image else None
 
-    def _logits(self, inputs: dict[str, Tensor], pixel_values: Tensor | None, keep: int) -> Tensor:
-        """(B, keep, V) logits at the last `keep` columns."""
+    def arguments(self, inputs: dict[str, Tensor], pixel_values: Tensor | None, keep: int) -> dict[str, Any]:
+        """What the model's own forward is given for these inputs; the LM head at the last `keep` columns if it can."""
         positions = inputs["position_ids"]
         arguments: dict[str, Any] = {
             "input_ids": inputs["input_ids"],
             "attention_mask": inputs["attention_mask"],
             "position_ids": positions.permute(1, 0, 2) if positions.ndim == 3 else positions,
             **self.chat.token_types(inputs["input_ids"]),
-            "use_cache": False,
         }
         if pixel_values is not None:
             arguments["pixel_values"] = pixel_values.to(next(self.model.parameters()).dtype)
             arguments |= self.pixel_map.extras(len(positions))
-        if self._head_on_slice:
-            arguments["logits_to_keep"] = keep
-        return self.model(**arguments).logits[:, -keep:].float()
+        return arguments | ({"logits_to_keep": keep} if self._head_on_slice else {})
+
+    def _logits(self, inputs: dict[str, Tensor], pixel_values: Tensor | None, keep: int) -> Tensor:
+        """(B, keep, V) logits at the last `keep` columns."""
+        arguments = self.arguments(inputs, pixel_values, keep)
+        return self.model(**arguments, use_cache=False).logits[:, -keep:].float()
 
     def _score(self, batch: Batch, pixel_values: Tensor | None, text: Sequence[Text], candidates: Tensor) -> Tensor:
         inputs, _, _ = self._join(batch.inputs, text)
@@ -304,12 +306,12 @@ class HuggingFaceVLM:
             temperature=None,
             top_p=None,
             top_k=None,
-            pad_token_id=self._pad_id,
-            eos_token_id=list(self._end_ids),
+            pad_token_id=self.pad_id,
+            eos_token_id=list(self.end_ids),
         )
         replies = []
         for row in out[:, ids.shape[1] :].tolist():
-            end = next((i for i, token in enumerate(row) if token in self._end_ids), None)
+            end = next((i for i, token in enumerate(row) if token in self.end_ids), None)
             replies.append((tuple(row if end is None else row[:end]), end is not None))
         return replies
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from torch import nn
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -22,7 +21,6 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from ..core.errors import ModelError
 from ..core.types import LETTERS
 from .processors import without_video
 from .prompts import PROMPTS
@@ -105,7 +103,7 @@ def build(
     seed: int = 0,
     resolution: int = 64,
     hidden: int = 96,
-    layers: int = 3,
+    layers: int = 4,
     vision_hidden: int = 64,
     vision_layers: int = 4,
     patch: int = 8,
@@ -177,35 +175,6 @@ def _tie_queries_to_keys(model: Qwen3VLForConditionalGeneration) -> None:
     for layer in model.model.language_model.layers:
         key = layer.self_attn.k_proj.weight
         key.copy_(layer.self_attn.q_proj.weight[: key.shape[0]])
-
-
-@torch.no_grad()
-def grow(model: nn.Module, layers: int, seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """The same function with `layers` text layers: the new ones, on top, add nothing at first (1511.05641).
-
-    Answering with a bare letter takes more steps in a row than naming what is seen: see, name, find the name among the
-    options, give its letter. A model that can name grows the layers that it needs for the rest. Raises ModelError where
-    the model is not a Qwen3-VL, or has as many layers already.
-    """
-    if not isinstance(model, Qwen3VLForConditionalGeneration):
-        raise ModelError(f"only a Qwen3-VL can grow layers, not {type(model).__name__}")
-    settings: dict[str, Any] = model.config.to_dict()
-    old = settings["text_config"]["num_hidden_layers"]
-    if layers < old:
-        raise ModelError(f"the model has {old} text layers already: it cannot grow to {layers}")
-    settings["text_config"]["num_hidden_layers"] = layers
-    settings["text_config"].pop("layer_types", None)
-    config = Qwen3VLConfig.from_dict(settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        grown = Qwen3VLForConditionalGeneration(config)
-    _tie_queries_to_keys(grown)
-    grown.load_state_dict(model.state_dict(), strict=False)
-    for layer in grown.model.language_model.layers[old:]:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-    grown.generation_config = model.generation_config
-    return grown
 
 
 def save(model: Any, processor: Any, folder: str | Path) -> None:

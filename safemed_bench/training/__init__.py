@@ -1,4 +1,4 @@
-"""Training: stages of supervised fine-tuning as YAML; produces the folders that models/ loads."""
+"""Training: stages of supervised fine-tuning and of AT-GRPO as YAML; produces the folders that models/ loads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ def train(path: str | Path, overrides: tuple[str, ...] = (), *, resume: bool = T
     from .config import load_config
 
     config = load_config(path, overrides)
-    from .sft import train as run
+    from .trainer import train as run
 
     return run(config, resume=resume, quiet=quiet)

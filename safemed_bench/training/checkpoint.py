@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import ModelError, UsageError
 from ..models import tiny
@@ -22,6 +22,8 @@ from ..models.huggingface import HuggingFaceVLM
 from ..models.prompts import get_prompt
 from .config import TrainConfig
 from .log import METRICS
+from .settings import LoraSettings
+from .stage import Method
 
 KEEP = 2
 FREE_FIELDS = {"output", "log_every", "eval_every", "eval_questions", "save_every", "description", "export_dtype"}
@@ -43,12 +45,23 @@ def load_start(config: TrainConfig, words: Sequence[str], device: torch.device) 
     folder = _start_folder(config.init)
     card = replace(card_from_folder(config.name, folder), prompt=config.prompt, adapter=None)
     vlm = HuggingFaceVLM.load(_with_reading(card, config), resolution, device=device, dtype="fp32")
-    if layers := config.architecture.get("layers"):
-        vlm = HuggingFaceVLM(
-            tiny.grow(vlm.model, layers, config.seed), vlm.processor, vlm.card, resolution, device=device
-        )
     vlm.model.train().requires_grad_(True)
+    if config.gradient_checkpointing:
+        whole: Any = vlm.model
+        whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora:
+        adapted = _with_lora(vlm.model, config.lora)
+        vlm = HuggingFaceVLM(adapted, vlm.processor, vlm.card, resolution, device=device)
     return vlm
+
+
+def _with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ModelError("training with `lora` needs the extra: pip install 'safemed-bench[peft]'") from error
+    targets = list(settings.targets) or "all-linear"
+    return get_peft_model(model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
 
 
 def _start_folder(name: str) -> Path:
@@ -78,7 +91,7 @@ class Checkpoints:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, data: str) -> None:
         self.folder = config.folder / "checkpoints"
         self.accelerator = accelerator
-        self.origin = origin(config, data)
+        self.origin, self.lora = origin(config, data), config.lora is not None
 
     def set_aside(self) -> None:
         """Rename what an earlier run left, `checkpoints` to `checkpoints.1` and so on, for a fresh run to begin."""
@@ -111,16 +124,18 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}.pt"
 
-    def save(self, step: int, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+    def save(self, step: int, method: Method) -> None:
         """Write whole, then name; the oldest beyond the last two are removed."""
         if not self.accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        learner = method.learner
         state = {
             "origin": self.origin,
-            "model": self.accelerator.unwrap_model(model).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
+            "model": _trained(learner.vlm.model) if learner.config.lora else learner.vlm.model.state_dict(),
+            "optimizer": learner.optimizer.state_dict(),
+            "scheduler": learner.scheduler.state_dict(),
+            "method": method.state_dict(),
             "torch_rng": torch.get_rng_state(),
         }
         scratch = self._path(step).with_suffix(".tmp")
@@ -129,17 +144,28 @@ class Checkpoints:
         for old in sorted(self.folder.glob("step-*.pt"))[:-KEEP]:
             old.unlink()
 
-    def load(self, step: int, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> None:
-        """Bring everything to where it was after `step` steps; without an optimiser the weights and random state.
-
-        A stage begins with a fresh optimiser, so none is given where `step` ended a stage.
-        """
-        state = torch.load(self._path(step), map_location="cpu", weights_only=True)
-        self.accelerator.unwrap_model(model).load_state_dict(state["model"])
+    def load_weights(self, step: int, model: nn.Module) -> None:
+        """Weights and random state as they were after `step` steps; all there is where `step` ended a stage."""
+        state = self._state(step)
+        model.load_state_dict(state["model"], strict=not self.lora)
         torch.set_rng_state(state["torch_rng"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
+
+    def load_method(self, step: int, method: Method) -> None:
+        """Optimiser, schedule and what the method remembers, inside a stage."""
+        state = self._state(step)
+        method.learner.optimizer.load_state_dict(state["optimizer"])
+        method.learner.scheduler.load_state_dict(state["scheduler"])
+        method.load_state_dict(state["method"])
+
+    def _state(self, step: int) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(self._path(step), map_location="cpu", weights_only=True)
+        return state
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters alone: the frozen rest is the start, which the checkpoint's origin names."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def origin(config: TrainConfig, data: str) -> dict[str, str]:
@@ -163,8 +189,9 @@ def save_entry(vlm: HuggingFaceVLM, config: TrainConfig) -> Path:
     final, scratch = config.folder / "entry", config.folder / "entry.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    weights = {k: v.to(getattr(torch, config.export_dtype)) for k, v in vlm.model.state_dict().items()}
     model: Any = vlm.model
+    model = model.merge_and_unload() if config.lora else model
+    weights = {k: v.to(getattr(torch, config.export_dtype)) for k, v in model.state_dict().items()}
     model.save_pretrained(scratch, state_dict=weights)
     vlm.processor.save_pretrained(scratch)
     entry = {

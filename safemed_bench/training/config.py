@@ -7,27 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from ..core.errors import Problem, SuiteError, did_you_mean
 from ..models.prompts import PROMPTS
 from ..suite.checks import validated
 from ..suite.layers import Kind, apply, in_order, parse_sets
 from ..suite.values import Count, Number, Text, Whole
+from .settings import AdversarySettings, GRPOSettings, LoraSettings, Settings, without_default
 
 CONFIGS = Kind("training config", Path("suites/train"))
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-def _without_default(values: dict[str, Any], key: str, default: Any = None) -> dict[str, Any]:
-    """Without a late-come key that is not used, so that checkpoints from before there was one still fit."""
-    return {k: v for k, v in values.items() if k != key or v not in (default, (), [])}
-
-
-class TaskConfig(_Model):
+class TaskConfig(Settings):
     """One kind of training example; a batch holds one kind, drawn by weight."""
 
     kind: Literal["answer", "rationale", "open", "caption", "binding", "stated"] = Field(
@@ -54,10 +46,10 @@ class TaskConfig(_Model):
 
     @model_serializer(mode="wrap")
     def _plain(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_default(default(self), "question_types")
+        return without_default(default(self), "question_types")
 
 
-class StageConfig(_Model):
+class StageConfig(Settings):
     """Optimisation with one mixture of tasks and one learning-rate cycle."""
 
     name: Text = Field(description="Name in logs and checkpoints.")
@@ -68,9 +60,45 @@ class StageConfig(_Model):
     warmup: Whole = Field(default=50, description="Warm-up steps.")
     weight_decay: Number = Field(default=0.01, ge=0, description="Decoupled weight decay (arXiv 1711.05101).")
     max_grad_norm: Number = Field(default=1.0, gt=0, description="Gradient norm is clipped to this.")
+    adversary: AdversarySettings | None = Field(None, description="Attack on the images of each batch; none: clean.")
+    noise: tuple[Number, ...] = Field(
+        default=(),
+        description="Gaussian noise on every image, one of these sigmas drawn per image, on the [0, 1] pixel "
+        "scale: for entries that are to be smoothed and certified (1906.04584).",
+    )
+    grpo: GRPOSettings | None = Field(None, description="Policy optimisation instead of supervised fine-tuning.")
+
+    @field_validator("noise")
+    @classmethod
+    def _sigmas(cls, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        if any(sigma < 0 for sigma in sigmas):
+            raise ValueError("a sigma must not be negative")
+        return sigmas
+
+    @model_validator(mode="after")
+    def _fits(self) -> StageConfig:
+        inner = self.adversary.objective if self.adversary else None
+        if self.grpo is None:
+            if inner not in (None, "reply"):
+                raise ValueError(f"adversary.objective '{inner}' needs rollouts: give the stage a `grpo` part")
+            return self
+        if inner == "reply":
+            raise ValueError("adversary.objective 'reply' needs taught replies; AT-GRPO has rollout_nll")
+        if self.grpo.rollouts != "clean" and self.adversary is None:
+            raise ValueError(f"grpo.rollouts '{self.grpo.rollouts}' need an `adversary`")
+        if [task.kind for task in self.tasks] != ["answer"] and [task.kind for task in self.tasks] != ["rationale"]:
+            raise ValueError("a `grpo` stage has one task, of kind answer or rationale")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = default(self)
+        for key in ("adversary", "noise", "grpo"):
+            values = without_default(values, key)
+        return values
 
 
-class DataConfig(_Model):
+class DataConfig(Settings):
     """Training data; the same loader as the benchmark's, on its train and validation splits."""
 
     name: Literal["phantom", "omnimedvqa"] = Field(default="phantom", description="Generated images, or a folder.")
@@ -90,10 +118,10 @@ class DataConfig(_Model):
 
     @model_serializer(mode="wrap")
     def _plain(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_default(default(self), "split_file")
+        return without_default(default(self), "split_file")
 
 
-class TrainConfig(_Model):
+class TrainConfig(Settings):
     """A training run. `safemed-bench train FILE` reads this."""
 
     name: Text = Field(description="Entry name; also the default output folder under runs/.")
@@ -101,9 +129,7 @@ class TrainConfig(_Model):
     init: Text = Field(
         "tiny", description="'tiny' for random weights, else an entry name or model folder to start from."
     )
-    architecture: dict[str, Any] = Field(
-        default_factory=dict, description="Sizes for init 'tiny'; `layers` also grows another start (models/tiny.py)."
-    )
+    architecture: dict[str, Any] = Field(default_factory=dict, description="Sizes for init 'tiny' (models/tiny.py).")
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="Training data.")
     stages: tuple[StageConfig, ...] = Field(min_length=1, description="Run in order.")
     prompt: Text = Field(default="instruct", description="Prompt the finished entry is deployed with.")
@@ -111,6 +137,8 @@ class TrainConfig(_Model):
         None, description="How its verdict is read; default by prompt."
     )
     max_new_tokens: Count = Field(default=64, description="Generation limit of the finished entry, tokens.")
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters instead of all weights.")
+    gradient_checkpointing: bool = Field(default=False, description="Compute activations twice to save memory.")
     seed: Whole = Field(default=0, description="Seed of weights, batches and tasks.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
@@ -128,9 +156,19 @@ class TrainConfig(_Model):
     save_every: Count = Field(default=500, description="Steps between checkpoints (the last two are kept).")
     export_dtype: Literal["float16", "float32"] = Field(default="float16", description="Dtype of the saved weights.")
 
+    @model_validator(mode="after")
+    def _rewarded_as_deployed(self) -> TrainConfig:
+        for stage in self.stages:
+            if stage.grpo and stage.tasks[0].prompts != (self.prompt,):
+                raise ValueError(
+                    f"stage '{stage.name}': a `grpo` stage is rewarded for what is deployed, prompts: [{self.prompt}]"
+                )
+        return self
+
     @model_serializer(mode="wrap")
     def _plain(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without_default(default(self), "precision", "auto")
+        values = without_default(default(self), "precision", "auto")
+        return without_default(without_default(values, "lora"), "gradient_checkpointing", False)
 
     @property
     def folder(self) -> Path:

@@ -50,6 +50,19 @@ class Corpus:
         types = np.array([question.question_type for question in self.questions])
         return {str(name): np.flatnonzero(types == name) for name in np.unique(types)}
 
+    @cached_property
+    def _of_modality(self) -> dict[str, NDArray[np.int64]]:
+        """Rows by modality."""
+        names = np.array([question.modality for question in self.questions])
+        return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+
+    def another_image(self, row: int, rng: np.random.Generator) -> int:
+        """A random row that asks about another image of the same modality; of any, where the modality has but one."""
+        among = self._of_modality[self.questions[row].modality]
+        others = among[self.image_of[among] != self.image_of[row]]
+        others = others if len(others) else np.flatnonzero(self.image_of != self.image_of[row])
+        return int(rng.choice(others)) if len(others) else row
+
     def canvases(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.uint8]:
         """(len(rows), 3, H, W) uint8."""
         return np.ascontiguousarray(self.images[self.image_of[np.asarray(rows)]].transpose(0, 3, 1, 2))

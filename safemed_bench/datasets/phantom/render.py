@@ -18,6 +18,9 @@ from .spec import PhantomSpec, check_split
 COLOURED = ("dermoscopy", "fundus", "microscopy")
 GRAINY = ("ultrasound", "OCT")
 
+MID_GREY = np.float32(0.42)
+"""What flat images fade towards."""
+
 TINTS: dict[tuple[str, str], Level] = {
     ("dermoscopy", "dark"): (-1.0, -0.95, -0.8),
     ("dermoscopy", "bright"): (0.75, 1.0, 1.0),
@@ -52,6 +55,7 @@ def render_slot(spec: PhantomSpec, case: Slot, rng: np.random.Generator) -> Case
     name = case.modality.name
     pen = Pen(rng, spec.size, spec.difficulty, 3 if name in COLOURED else 1)
     site = PAINTERS[case.region](pen)
+    pen.image = MID_GREY + np.float32(rng.uniform(*spec.difficulty.anatomy)) * (pen.image - MID_GREY)
     pen.image += np.float32(spec.difficulty.texture) * pen.field(9)
     if case.grade is not None:
         sign = DISEASES[case.region][case.condition]
