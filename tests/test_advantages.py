@@ -86,7 +86,10 @@ def test_parts_are_measured_each_against_its_own_kind(scale):
     found = advantages(rewards, 4, parts, scale, "part").reshape(2, 4)
     assert not found[0, ::2].any() and not found[1, 1::2].any()
     assert found[0, 1] > 0 > found[0, 3] and found[1, 0] > 0 > found[1, 2]
-    if scale != "batch":
+    if scale == "batch":  # one divisor for all, whichever the part
+        plain = advantages(rewards, 4, parts, "none", "part").reshape(2, 4)
+        torch.testing.assert_close(found, plain / (rewards.std() + 1e-4))
+    else:
         clean = advantages(rewards.reshape(2, 4)[:, ::2].flatten(), 2, scale=scale)
         torch.testing.assert_close(found[:, ::2].flatten(), clean)
     assert zero_variance_share(rewards, 4, parts, "part") == 0.5

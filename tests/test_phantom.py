@@ -87,10 +87,10 @@ def test_fingerprint_follows_every_parameter() -> None:
 
 def test_a_change_of_the_generator_must_raise_its_version() -> None:
     """Trained models and cached images hang on this: whoever changes what is drawn or asked raises the version."""
-    assert phantom.GENERATOR_VERSION == 1
+    assert phantom.GENERATOR_VERSION == 2
     images = np.stack([phantom.render(PhantomSpec(), "validation", index).image for index in range(16)])
-    means = [58.4, 77.3, 73.1, 105.8, 152.4, 99.9, 61.7, 195.7, 57.2, 80.2, 85.7, 95.0, 128.7, 90.8, 68.2, 194.3]
-    spreads = [27.1, 31.2, 29.0, 17.2, 39.7, 64.4, 56.1, 28.8, 22.1, 64.6, 45.9, 22.6, 41.2, 61.2, 61.1, 22.3]
+    means = [77.2, 90.6, 89.2, 100.0, 135.6, 107.7, 96.8, 165.1, 73.7, 82.3, 104.7, 95.7, 110.6, 102.0, 89.9, 147.8]
+    spreads = [30.7, 11.5, 14.0, 14.8, 22.9, 38.1, 40.2, 25.2, 15.9, 44.4, 53.8, 16.2, 34.5, 37.2, 41.4, 10.9]
     assert images.mean((1, 2, 3)) == pytest.approx(means, abs=0.1)
     assert images[:, 20:44, 20:44].std((1, 2, 3)) == pytest.approx(spreads, abs=0.1)
     text = json.dumps(ask("validation", 64), sort_keys=True)
@@ -231,7 +231,7 @@ def test_a_larger_image_shows_the_same_scene() -> None:
         small = phantom.render(PhantomSpec(size=64), "test", index).image.astype(float)
         large = phantom.render(PhantomSpec(size=128), "test", index).image.astype(float)
         pooled = large.reshape(64, 2, 64, 2, 3).mean((1, 3))
-        assert np.corrcoef(small.ravel(), pooled.ravel())[0, 1] > 0.9
+        assert np.corrcoef(small.ravel(), pooled.ravel())[0, 1] > 0.85  # grain and noise are drawn anew
 
 
 @pytest.mark.parametrize("shape", ["spot", "ring", "streak", "cluster"])

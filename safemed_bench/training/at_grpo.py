@@ -234,7 +234,7 @@ class ATGRPO:
         log-probabilities: those of the first pass, whose ratio is 1."""
         learner, count = self.learner, len(prompts.questions)
         size = self.settings.micro_batch or count
-        tokens = learner.shared({"n": float(experience.mask.sum())})["n"]
+        tokens = self._tokens(experience)
         noted, kept = dict[str, float](), []
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
@@ -250,6 +250,12 @@ class ATGRPO:
                 noted[name] = noted.get(name, 0.0) + share * value
         return noted, torch.cat(kept) if old is None else old
 
+    def _tokens(self, experience: Experience) -> tuple[float, float]:
+        """Tokens of all rollouts, and of those on attacked images, in the whole batch by the number of processes."""
+        counts = {view: float(n) for view, n in zip(self.settings.views, experience.mask.sum((0, 2, 3)), strict=True)}
+        counts = self.learner.shared(counts)
+        return sum(counts.values()), counts.get("adversarial", 0.0)
+
     def _loss(
         self,
         prompts: Prompts,
@@ -257,7 +263,7 @@ class ATGRPO:
         rows: slice,
         reference: Tensor | None,
         old: Tensor | None,
-        tokens_in_batch: float,
+        tokens_in_batch: tuple[float, float],
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Loss of the prompts at `rows`, scaled so that the micro-batches' losses add up to the whole batch's."""
         settings = self.settings
@@ -293,16 +299,17 @@ class ATGRPO:
             ref_logps=None if reference is None else reference.reshape(-1, width),
             beta=settings.beta,
             max_tokens=self.max_tokens,
-            tokens_in_batch=tokens_in_batch,
+            tokens_in_batch=tokens_in_batch[0],
+            unbiased_kl=settings.unbiased_kl,
         )
         part = count / len(experience.tokens)
         loss = found.loss * (1.0 if settings.loss in ("bnpo", "dapo") else part)
         values = _log(found, out.entropies.view(count, shown, group, width)[:, :views], experience.mask[rows])
         if paired:
             logits = out.logits.view(count, shown, group, width, -1)
-            apart = consistency(logits[:, -1], logits[:, at], mask[:, at])
-            loss = loss + settings.consistency * part * apart
-            values["loss/consistency"] = float(apart.detach())
+            apart = consistency(logits[:, -1], logits[:, at], mask[:, at], tokens_in_batch=tokens_in_batch[1])
+            loss = loss + settings.consistency * apart
+            values["loss/consistency"] = float(apart.detach()) / part
         return loss, logps.detach(), values
 
     # -- state -----------------------------------------------------------------------------------------------------

@@ -36,11 +36,12 @@ class _TokenLogProbs(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         norms, logps, entropies = rows.new_empty(3, len(rows), dtype=wide).unbind()
         for part in _slices(rows):
-            scores = rows[part].to(wide) / temperature
+            scores = _scaled(rows[part], wide, temperature)
             norms[part] = scores.logsumexp(-1)
-            scores -= norms[part, None]
-            logps[part] = scores.gather(1, ids[part, None])[:, 0]
-            entropies[part] = torch.special.entr(scores.exp()).sum(-1)
+            logps[part] = scores.gather(1, ids[part, None])[:, 0] - norms[part]
+            chances = (scores - norms[part, None]).exp_()
+            # A forbidden token's -inf becomes finite, so that probability 0 times it is 0.
+            entropies[part] = norms[part] - torch.linalg.vecdot(chances, scores.clamp(min=torch.finfo(wide).min))
         ctx.save_for_backward(logits, tokens, norms)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies := entropies.view(tokens.shape))
@@ -53,10 +54,15 @@ class _TokenLogProbs(torch.autograd.Function):
         slope = (gradients[0] / ctx.temperature).reshape(-1, 1)
         out = torch.empty_like(rows)
         for part in _slices(rows):
-            chances = (rows[part].to(norms.dtype) / ctx.temperature - norms[part, None]).exp()
+            chances = (_scaled(rows[part], norms.dtype, ctx.temperature) - norms[part, None]).exp_()
             grown = chances.mul_(-slope[part]).scatter_add_(1, ids[part, None], slope[part])
             out[part] = grown.to(out.dtype)
         return out.view(logits.shape), None, None
+
+
+def _scaled(rows: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    rows = rows.to(dtype)
+    return rows if temperature == 1 else rows / temperature
 
 
 def _slices(rows: Tensor) -> list[slice]:

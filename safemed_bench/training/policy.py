@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.chat import TYPE_KEYS
 from ..models.huggingface import INPUTS, HuggingFaceVLM
 from ..models.selfcheck import LOW_PRECISION, probe_batch
 from .logprobs import token_logprobs
@@ -120,11 +119,14 @@ class Encoded:
         self.mask = torch.cat([self.mask, mask.to(self.mask.dtype)], 1)
         positions = _counting(self.last, tokens.shape[1], self.rotary)
         self.last = self.last + tokens.shape[1]
-        inputs = dict(zip(INPUTS, (tokens, self.mask, positions), strict=True))
-        arguments = self.vlm.arguments(inputs, None, tokens.shape[1])
-        # Token types say which positions see each other in both directions; they are those of the image, long cached.
-        kept = {name: value for name, value in arguments.items() if name not in TYPE_KEYS}
-        logits: Tensor = self.vlm.model(**kept, past_key_values=self.cache, use_cache=True).logits
+        # No token types: they say which positions see each other in both directions, the image's, which are cached.
+        logits: Tensor = self.vlm.model(
+            input_ids=tokens,
+            attention_mask=self.mask,
+            position_ids=positions.permute(1, 0, 2) if self.rotary else positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
         return logits
 
     def select(self, rows: Tensor) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..core.seeds import derive_seed
 from ..models.huggingface import INPUTS, HuggingFaceVLM
-from .logprobs import token_logprobs
 from .policy import Encoded, Policy, evaluating, plain_logits, repeated
 
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")
@@ -86,14 +85,14 @@ def sample(
     tokens = torch.full((count, max_new_tokens), vlm.pad_id, device=vlm.device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     logps = torch.zeros(count, max_new_tokens, device=vlm.device)
+    barred = _placeholders(vlm)
     rows = torch.arange(count, device=vlm.device)
     with evaluating(policy.model):
         decoder: _Cached | _Plain = (_Cached if policy.uses_cache else _Plain)(vlm, prompts, pixel_values, group)
         logits = decoder.first()
         for t in range(max_new_tokens):
-            chosen = _choose(logits, uniforms[rows, t], vlm, temperature, top_p)
+            chosen, logps[rows, t] = _choose(logits, uniforms[rows, t], barred, temperature, top_p)
             tokens[rows, t], mask[rows, t] = chosen, True
-            logps[rows, t] = token_logprobs(logits[:, None], chosen[:, None], temperature or 1.0)[0][:, 0]
             going = (~torch.isin(chosen, ends)).nonzero()[:, 0]
             rows = rows[going]
             if not len(rows) or t + 1 == max_new_tokens:
@@ -150,27 +149,37 @@ class _Plain:
         return self.first()
 
 
-def _choose(logits: Tensor, uniforms: Tensor, vlm: HuggingFaceVLM, temperature: float, top_p: float) -> Tensor:
-    """(n,) ids: the inverse of each row's cumulative distribution at `uniforms` (n,), or the most likely token.
+def _choose(
+    logits: Tensor, uniforms: Tensor, barred: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Ids (n,), the inverse of each row's cumulative distribution at `uniforms` (n,), or the most likely; and their
+    log-probabilities (n,) among all tokens, the barred too.
 
     In float64, so that float32's rounding over a large vocabulary never moves a choice.
     """
+    logps = (logits.double() / (temperature or 1.0)).log_softmax(1)
     if temperature == 0:
-        return logits.argmax(1)
-    banned = torch.tensor(_placeholders(vlm), dtype=torch.long, device=logits.device)
-    scores = logits.double().index_fill(1, banned, -torch.inf)
-    chances = (scores / temperature).softmax(1)
-    if top_p < 1:
-        ranked, order = chances.sort(1, descending=True)
-        outside = ranked.cumsum(1) - ranked >= top_p
-        chances = torch.zeros_like(chances).scatter(1, order, ranked.masked_fill(outside, 0.0))
-    summed = chances.cumsum(1)
-    total = summed[:, -1:]
-    # Strictly below the total: at it, the search would end on a token of probability 0.
-    at = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(summed, at, right=True)[:, 0]
+        chosen = logits.argmax(1)
+    else:
+        chances = logps.exp().index_fill_(1, barred, 0.0)
+        summed = (_nucleus(chances, top_p) if top_p < 1 else chances).cumsum(1)
+        total = summed[:, -1:]
+        # Strictly below the total: at it, the search would end on a token of probability 0.
+        at = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        chosen = torch.searchsorted(summed, at, right=True)[:, 0]
+    return chosen, logps.gather(1, chosen[:, None])[:, 0].float()
 
 
-def _placeholders(vlm: HuggingFaceVLM) -> list[int]:
+def _nucleus(chances: Tensor, top_p: float) -> Tensor:
+    """`chances` (n, V) with all outside the smallest set that has a share `top_p` of each row set to 0."""
+    ranked, order = chances.sort(1, descending=True)
+    summed = ranked.cumsum(1)
+    outside = summed - ranked >= top_p * summed[:, -1:]
+    return torch.zeros_like(chances).scatter(1, order, ranked.masked_fill(outside, 0.0))
+
+
+def _placeholders(vlm: HuggingFaceVLM) -> Tensor:
+    """Ids of the tokens that stand for images or videos."""
     config = vlm.model.config
-    return sorted({int(i) for name in PLACEHOLDERS if (i := getattr(config, name, None)) is not None})
+    ids = {int(i) for name in PLACEHOLDERS if (i := getattr(config, name, None)) is not None}
+    return torch.tensor(sorted(ids), dtype=torch.long, device=vlm.device)

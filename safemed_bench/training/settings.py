@@ -82,6 +82,11 @@ class GRPOSettings(Settings):
         "group", description="Advantages are divided by this standard deviation; none is Dr. GRPO (2503.20783)."
     )
     beta: Number = Field(default=0.02, ge=0, description="Weight of the KL to the start of the stage (k3 estimator).")
+    unbiased_kl: bool = Field(
+        default=True,
+        description="The KL's tokens are weighted by the probability ratio, which makes its gradient that of the KL "
+        "(2512.02556, TRL's default); false: plain k3 as in 2402.03300.",
+    )
     reference_image: Literal["clean", "own"] = Field(
         "clean", description="Image the reference sees: the clean one, or the one its rollout came from."
     )
