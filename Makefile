@@ -12,14 +12,16 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-ENTRIES := sft instruct cot
+ENTRIES := sft instruct cot safemed-r1
+STAGES := base sft instruct cot warm safemed_r1
+CONTROLS := at_sft grpo safemed_r1_instruct
 ZOO := safemed_bench/models/zoo
 
 # One thread per process: two processes of one thread each are faster than one of two threads.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo install test test-slow lint entries clean
+.PHONY: demo install test test-slow lint entries controls clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -48,11 +50,15 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-# Trains the default entries again and puts them into the package. Resumes where it was stopped; about an hour and a
-# half on one core. The three that start from `base` can also be trained side by side.
+# Trains the default entries again and puts them into the package. Resumes where it was stopped; some hours on one core.
+# The three that start from `base` can also be trained side by side.
 entries: $(INSTALLED)
-	@set -e; for name in base $(ENTRIES); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
+	@set -e; for name in $(STAGES); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
 	@set -e; for name in $(ENTRIES); do rm -rf $(ZOO)/$$name; cp -r runs/$$name/entry $(ZOO)/$$name; done
+
+# The controls that suites/omnimed_ablation.yaml measures beside them; after `make entries`, whose starts they share.
+controls: $(INSTALLED)
+	@set -e; for name in $(CONTROLS); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
 
 # Caches and builds; keeps .venv, runs/ and reports/.
 clean:

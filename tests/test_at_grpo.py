@@ -1,7 +1,11 @@
 """AT-GRPO on a real, very small Qwen3-VL: the attack, what is learnt from, and runs that continue bit for bit."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +24,11 @@ from safemed_bench.training.adversary import (
     generators,
     perturb,
 )
-from safemed_bench.training.at_grpo import ATGRPO, draw
+from safemed_bench.training.at_grpo import ATGRPO
 from safemed_bench.training.checkpoint import load_start
 from safemed_bench.training.config import load_config
 from safemed_bench.training.data import load_corpus
+from safemed_bench.training.experience import draw
 from safemed_bench.training.policy import Policy
 from safemed_bench.training.settings import AdversarySettings, CurriculumSettings
 from safemed_bench.training.sft import SFTLoss, taught
@@ -336,6 +341,24 @@ def test_an_interrupted_run_ends_bit_equal(path, tmp_path, stop_after, monkeypat
         rewarded[0]
     )
     assert {"length/clean", "invalid_rate/adversarial", "zero_variance_groups", "attack/eps"} <= set(rewarded[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_two_processes_give_the_gradient_of_one(loss, path, tmp_path):
+    """`torchrun` with two ranks: the same rollouts, perturbations and gradient as one process (`ranks.py`)."""
+    options = f"loss: {loss}, consistency: 0.1, micro_batch: 1"
+    path.write_text(CONFIG.replace("grpo: {group_size: 4", f"grpo: {{{options}, group_size: 4"))
+    script, found = str(Path(__file__).parent / "ranks.py"), []
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        command = [sys.executable, *launcher, script, str(path), str(tmp_path / name)]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(tmp_path / name))
+    one, two = found
+    assert one.keys() == two.keys() and max(float(g.abs().max()) for g in one.values()) > 1e-3
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,45 +21,16 @@ from torch.func import functional_call
 from ..attacks.base import Prepared
 from ..attacks.objectives import AnswerToken, NoThink
 from ..core.seeds import derive_seed
-from ..core.types import Answer, Question
-from ..models.answers import extract
+from ..core.types import Answer
 from ..models.base import Batch
-from ..models.prompts import Prompt
 from .advantages import advantages, zero_variance_share
 from .adversary import Curriculum, FeatureDistance, Noised, WeightedRollouts, gaussian, generators, perturb
-from .data import Corpus, augmented, shuffled_options
+from .data import augmented
+from .experience import Drawn, Experience, Prompts, draw, is_right, joined, judge
 from .losses import PolicyLoss, consistency, policy_loss
 from .policy import Policy
-from .rewards import total
 from .rollout import Rollouts, draws, sample
 from .stage import Learner, Step
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """P questions of one process: places in the batch of all, composed text, (P, 3, H, W) images in [0, 1]."""
-
-    questions: tuple[Question, ...]
-    places: tuple[int, ...]
-    inputs: dict[str, Tensor]
-    images: dict[str, Tensor]
-    noise: Tensor | None
-
-    def seen(self, view: str) -> Tensor:
-        """The images of a view as the model gets them, noise included."""
-        return self.images[view] if self.noise is None else self.images[view] + self.noise
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What there is to learn from: images (P, V, 3, H, W), tokens and mask (P, V, g, T), advantages and old
-    log-probabilities in the same order; log: what the step tells of its rollouts."""
-
-    images: Tensor
-    tokens: Tensor
-    mask: Tensor
-    advantages: Tensor
-    log: dict[str, float]
 
 
 class ATGRPO:
@@ -132,7 +102,7 @@ class ATGRPO:
                 prompts.images[view], noted = self._attacked(prompts, found.get("clean"), step)
                 log |= noted
             found[view] = self._rollouts(prompts, view, step, settings.per_view, settings.temperature)
-        judged = [_judge(self, prompts, found[view], view) for view in settings.views]
+        judged = [judge(settings, self.learner.vlm, prompts.questions, found[view], view) for view in settings.views]
         for view, (_, noted) in zip(settings.views, judged, strict=True):
             log |= {f"{name}/{view}": value for name, value in noted.items()}
         if self.curriculum and "adversarial" in settings.views:
@@ -141,7 +111,7 @@ class ATGRPO:
         rewards = torch.stack([row for row, _ in judged], dim=1)
         parts = [view for view in settings.views for _ in range(settings.per_view)]
         gains, equal = self._advantages(rewards.flatten(), parts)
-        tokens, mask = _joined([found[view] for view in settings.views], len(prompts.questions))
+        tokens, mask = joined([found[view] for view in settings.views], len(prompts.questions))
         images = torch.stack([prompts.seen(view) for view in settings.views], dim=1)
         return Experience(images, tokens, mask, gains.to(images.device), log | {"zero_variance_groups": equal})
 
@@ -190,7 +160,7 @@ class ATGRPO:
             return (AnswerToken() if name == "answer_ce" else NoThink()).prepare(vlm, batch, own)
         texts = zip(clean.texts(vlm.decode_text), clean.finished.tolist(), strict=True)
         right = torch.tensor(
-            [_is_right(text, done, prompts.questions[i // group], self.prompt) for i, (text, done) in enumerate(texts)]
+            [is_right(text, done, prompts.questions[i // group], self.prompt) for i, (text, done) in enumerate(texts)]
         ).view(count, group)
         tokens, mask = (t.view(count, group, -1) for t in (clean.tokens, clean.mask))
         if name == "advantage":
@@ -252,7 +222,7 @@ class ATGRPO:
 
     def _tokens(self, experience: Experience) -> tuple[float, float]:
         """Tokens of all rollouts, and of those on attacked images, in the whole batch by the number of processes."""
-        counts = {view: float(n) for view, n in zip(self.settings.views, experience.mask.sum((0, 2, 3)), strict=True)}
+        counts: dict[str, float] = {view: float(n) for view, n in zip(self.settings.views, experience.mask.sum((0, 2, 3)), strict=True)}
         counts = self.learner.shared(counts)
         return sum(counts.values()), counts.get("adversarial", 0.0)
 
@@ -326,64 +296,6 @@ class ATGRPO:
         if self.curriculum:
             self.curriculum.load_state_dict(state["curriculum"])
         self.reference = {n: t.to(self.learner.vlm.device) for n, t in state["reference"].items()}
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The whole batch of a step: canvas and shuffled (P, 3, H, W) uint8, the second another image of the modality."""
-
-    questions: tuple[Question, ...]
-    canvas: np.ndarray
-    shuffled: np.ndarray
-
-
-def draw(corpus: Corpus, question_types: tuple[str, ...], step: Step, seed: int) -> Drawn:
-    """Questions of a step over all processes, drawn with replacement; a function of seed and step alone."""
-    rng = np.random.default_rng(derive_seed(seed, "batch", step.number))
-    among = corpus.rows_of(question_types)
-    rows = among[rng.integers(len(among), size=step.stage.batch_size)]
-    questions = tuple(shuffled_options(corpus.questions[row], rng) for row in rows)
-    others = [corpus.another_image(int(row), rng) for row in rows]
-    return Drawn(questions, corpus.canvases(rows), corpus.canvases(others))
-
-
-def _judge(method: ATGRPO, prompts: Prompts, rollouts: Rollouts, view: str) -> tuple[Tensor, dict[str, float]]:
-    """(P, g) weighted rewards of a view's rollouts, and their means for the log."""
-    settings, group = method.settings, method.settings.per_view
-    texts = rollouts.texts(method.learner.vlm.decode_text)
-    asked = [prompts.questions[i // group] for i in range(len(texts))]
-    finished = rollouts.finished.tolist()
-    rows = list(zip(texts, finished, asked, strict=True))
-    read = [extract(text, method.prompt, len(q.options), finished=done) for text, done, q in rows]
-    log = {
-        "length": float(rollouts.lengths.float().mean()),
-        "invalid_rate": sum(status == "invalid" for _, status in read) / len(read),
-        "truncated_rate": sum(status == "truncated" for _, status in read) / len(read),
-    }
-    right = [float(index == q.answer) for (index, _), q in zip(read, asked, strict=True)]
-    if view == "shuffled":
-        values = [-settings.blind_penalty * r for r in right]
-        log["reward/accuracy"] = sum(right) / len(right)
-    else:
-        scores = [total(settings.rewards, text, done, q, method.prompt) for text, done, q in rows]
-        values = [score.total for score in scores]
-        log |= {f"reward/{n}": sum(s.values[n] for s in scores) / len(scores) for n in scores[0].values}
-        log.setdefault("reward/accuracy", sum(right) / len(right))
-    return torch.tensor(values).view(-1, group), log | {"reward/total": sum(values) / len(values)}
-
-
-def _is_right(text: str, finished: bool, question: Question, prompt: Prompt) -> bool:
-    return extract(text, prompt, len(question.options), finished=finished)[0] == question.answer
-
-
-def _joined(rollouts: list[Rollouts], count: int) -> tuple[Tensor, Tensor]:
-    """(P, V, g, T) tokens and mask of several views, padded to one width."""
-    width = max(r.tokens.shape[1] for r in rollouts)
-    pads = [width - r.tokens.shape[1] for r in rollouts]
-    tokens = [torch.nn.functional.pad(r.tokens, (0, n)) for r, n in zip(rollouts, pads, strict=True)]
-    masks = [torch.nn.functional.pad(r.mask, (0, n)) for r, n in zip(rollouts, pads, strict=True)]
-    shape = (count, -1, width)
-    return torch.stack([t.view(shape) for t in tokens], 1), torch.stack([m.view(shape) for m in masks], 1)
 
 
 def _repeated(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:
