@@ -189,6 +189,18 @@ def train(
 
 
 @app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a training, such as runs/NAME.")],
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the HTML page of a training, and print where it is."""
+    from .commands.report import report as work
+
+    work(folder, as_json=json)
+
+
+@app.command()
 def doctor(json: Json = False, verbose: Verbose = False) -> None:
     """Versions, device, cores, data and disk of this machine."""
     from .commands.doctor import doctor as work

@@ -18,7 +18,7 @@ from safemed_bench.models import load_model
 from safemed_bench.suite import load_suite
 
 SUITE = Path(__file__).parent.parent / "suites" / "omnimed_pgd.yaml"
-ENTRIES = ("sft", "instruct", "cot")
+ENTRIES = ("sft", "instruct", "cot", "safemed-r1")
 CLI = (sys.executable, "-m", "safemed_bench")
 
 
@@ -66,7 +66,7 @@ def test_an_entry_loads_checks_itself_and_beats_chance(name, suite, questions):
     for answer, question in zip(answers, questions, strict=True):
         assert len(answer.option_logprobs) == len(question.options)  # both ways of answering are on record
         assert answer.text and (answer.letter is None or LETTERS[answer.letter] in answer.text)
-    assert model.reasons == (name == "cot")
+    assert model.reasons == (name in ("cot", "safemed-r1"))
     assert sum(file.stat().st_size for file in Path(model.card.path).iterdir()) < 5e6
 
 

@@ -95,6 +95,16 @@ def test_a_reasoning_entry_meets_every_standard_objective() -> None:
     assert names(conditions=chosen, threat=threat, reasons=True) == ["pgd[margin]@l2:0.5", "pgd[no_think]@l2:0.5"]
 
 
+def test_strong_objectives_and_the_eps_they_are_used_at() -> None:
+    conditions = [PGD | {"at": "headline"}, PGD | {"at": "other", "objectives": "strong"}]
+    threat = {"eps": ["2/255", "8/255"], "headline": "8/255"}
+    strong = ["pgd[rationale_answer]@linf:2/255", "pgd[decision_slot]@linf:2/255"]
+    found = names(conditions=conditions, threat=threat, reasons=True)
+    assert [name for name in found if "8/255" not in name] == strong and len(found) == 6
+    assert names(conditions=conditions, threat=threat) == ["pgd[answer]@linf:8/255", "pgd[answer]@linf:2/255"]
+    assert names(conditions=conditions[1:] + ["clean"], threat={"eps": ["8/255"]}) == ["clean"]
+
+
 def test_an_objective_that_does_not_apply_is_left_out_and_said() -> None:
     mixed = plan(conditions=[PGD | {"objectives": ["decision_slot", "answer"]}])
     assert {cell.condition.objective for cell in mixed.cells} == {"answer"}

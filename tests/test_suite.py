@@ -37,7 +37,7 @@ def write(tmp_path: Path) -> Write:
 def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The names of the default entries, whether their weights are in this checkout or not."""
     list(registry.models)
-    for name in ("sft", "instruct", "cot"):
+    for name in ("sft", "instruct", "cot", "safemed-r1"):
         monkeypatch.setitem(registry.models._items, name, Path("/weights") / name)
     yield
 
@@ -74,10 +74,10 @@ def load_suite_text(text: str) -> Suite:
 
 def test_the_default_suite_says_what_the_readme_says(entries: None) -> None:
     suite = load_suite(REPO / "suites" / "omnimed_pgd.yaml", env={})
-    assert [m.name for m in suite.models] == ["sft", "instruct", "cot"]
+    assert [m.name for m in suite.models] == ["sft", "instruct", "cot", "safemed-r1"]
     assert suite.threat.eps == (2 / 255, 4 / 255, 8 / 255) and suite.threat.headline == 4 / 255
     assert suite.data.root is None and suite.data.per_modality == 25 and suite.data.resolution == 64
-    assert [c.label for c in suite.conditions] == ["clean", "blank", "shuffled", "noise", "fgsm", "pgd"]
+    assert [c.label for c in suite.conditions] == ["clean", "blank", "shuffled", "noise", "fgsm", "pgd", "pgd"]
     assert suite.conditions[-1].parameters == {"steps": 20, "restarts": 1}
 
 
@@ -180,7 +180,7 @@ def test_wrong_models(write: Write, models: str, key: str, words: str) -> None:
         ("{attack: fgsm, steps: ^3}", ".steps", "attack 'fgsm' has no parameter 'steps'"),
         ("{attack: pgd, params: {momentum: ^1}}", ".params.momentum", "no parameter 'momentum'"),
         ("{attack: pgd, objectives: [^answr]}", ".objectives.0", "Did you mean 'answer'?"),
-        ("{attack: pgd, objectives: ^[]}", ".objectives", "must be `all`, an objective, or a list"),
+        ("{attack: pgd, objectives: ^[]}", ".objectives", "must be `all`, `strong`, an objective, or a list"),
     ],
 )
 def test_wrong_conditions(write: Write, condition: str, key: str, words: str) -> None:
@@ -195,6 +195,9 @@ def test_one_condition_may_not_stand_twice(write: Write) -> None:
     assert "'pgd' stands twice" in only(write(f"{head}}}]\n")).message
     labels = [c.label for c in load_suite(write(f"{head}, name: pgd100}}]\n"), env={}).conditions]
     assert labels == ["pgd", "pgd100"]
+    apart = "models: [{path: /m}]\nconditions: [{attack: pgd, at: headline}, {attack: pgd, at: other, steps: 5}]\n"
+    assert [c.label for c in load_suite(write(apart), env={}).conditions] == ["pgd", "pgd"]
+    assert "'pgd' stands twice" in only(write(apart.replace("other", "all"))).message
 
 
 def test_everything_that_is_wrong_is_said_at_once(write: Write) -> None:

@@ -31,12 +31,14 @@ class AttackInfo:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveInfo:
-    """reasoning_only: needs a model that writes a rationale. standard: part of `objectives: all`."""
+    """reasoning_only: needs a model that writes a rationale. standard: part of `objectives: all`. weak_on_reasoning:
+    known to overstate the robustness of such a model; `objectives: strong` leaves it out there."""
 
     target: str
     summary: str
     reasoning_only: bool = False
     standard: bool = True
+    weak_on_reasoning: bool = False
 
 
 ATTACKS: dict[str, AttackInfo] = {
@@ -51,7 +53,9 @@ ATTACKS: dict[str, AttackInfo] = {
 _OBJECTIVES = "safemed_bench.attacks.objectives:"
 OBJECTIVES: dict[str, ObjectiveInfo] = {
     "answer": ObjectiveInfo(
-        _OBJECTIVES + "AnswerToken", "cross-entropy of the true letter; weak after a rationale, which leaks it"
+        _OBJECTIVES + "AnswerToken",
+        "cross-entropy of the true letter; weak after a rationale, which leaks it",
+        weak_on_reasoning=True,
     ),
     "rationale_answer": ObjectiveInfo(
         _OBJECTIVES + "RationaleAnswer", "likelihood of the whole clean reply, rationale and answer", True
@@ -60,7 +64,10 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
         _OBJECTIVES + "DecisionSlot", "margin between the options where the rationale first tells them apart", True
     ),
     "no_think": ObjectiveInfo(
-        _OBJECTIVES + "NoThink", "cross-entropy of the true letter after an empty rationale", True
+        _OBJECTIVES + "NoThink",
+        "cross-entropy of the true letter after an empty rationale",
+        True,
+        weak_on_reasoning=True,
     ),
     "margin": ObjectiveInfo(
         _OBJECTIVES + "Margin", "best other option minus the true one at the answer position", standard=False
@@ -73,9 +80,10 @@ for _name, _objective in OBJECTIVES.items():
     registry.objectives.lazy(_name, _objective.target)
 
 
-def standard_objectives(reasons: bool) -> tuple[str, ...]:
-    """What `objectives: all` means for an entry that reasons, or does not; in the catalogue's order."""
-    return tuple(n for n, info in OBJECTIVES.items() if info.standard and (reasons or not info.reasoning_only))
+def standard_objectives(reasons: bool, *, strong: bool = False) -> tuple[str, ...]:
+    """What `objectives: all`, or `strong`, means for an entry that reasons, or does not; in the catalogue's order."""
+    standard = {n: i for n, i in OBJECTIVES.items() if i.standard and (reasons or not i.reasoning_only)}
+    return tuple(n for n, info in standard.items() if not (strong and reasons and info.weak_on_reasoning))
 
 
 def applies(objective: str, reasons: bool) -> bool:

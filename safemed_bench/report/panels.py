@@ -116,9 +116,7 @@ SPECS = (
         "share",
         "All rollouts of such a group have one reward, and with it no advantage.",
     ),
-    Spec(
-        "length", "Rollouts", "Length of rollouts", "tokens", r"length/(.+)", level=("longest rollout", _longest)
-    ),
+    Spec("length", "Rollouts", "Length of rollouts", "tokens", r"length/(.+)", level=("longest rollout", _longest)),
     Spec(
         "invalid",
         "Rollouts",
@@ -222,7 +220,8 @@ def _strangers(history: History, events: Sequence[str]) -> list[Spec]:
         for name in _metrics(history.of(event)):
             if not any(spec.label(name) or spec.also == name for spec in ours):
                 title = f"{name} ({event})" if event else name
-                specs.append(Spec(f"other-{len(specs)}", "Other metrics", title, "", f"({re.escape(name)})", event=event))
+                key, pattern = f"other-{len(specs)}", f"({re.escape(name)})"
+                specs.append(Spec(key, "Other metrics", title, "", pattern, event=event))
     return specs
 
 
@@ -343,5 +342,3 @@ def _cell(value: float | None, scale: Scale, factor: float) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{100 * value:.1f}%" if scale in ("share", "rate") else number(value * factor)
-
-

@@ -93,8 +93,9 @@ def _facts(history: History) -> list[tuple[str, str, str]]:
     if spent := seconds(history):
         facts.append(("Time of the steps", _duration(spent), "without validation"))
     if config:
-        start = config.get("init", "tiny")
-        facts.append(("Started from", "random weights" if start == "tiny" else str(start), f"seed {config.get('seed')}"))
+        start = str(config.get("init", "tiny"))
+        start = "random weights" if start == "tiny" else start
+        facts.append(("Started from", start, f"seed {config.get('seed', '?')}"))
     if entry:
         how = (f"prompt {entry.get('prompt', '?')}", f"at most {entry.get('max_new_tokens', '?')} tokens")
         facts.append(("Verdict read by", str(entry.get("decode") or "default of the prompt"), ", ".join(how)))

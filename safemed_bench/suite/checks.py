@@ -148,7 +148,7 @@ def _attack_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
                 path: Key = ("params", key) if key in condition.params else (key,)
                 takes = did_you_mean(key, known) if known else " It takes none."
                 yield path, f"attack '{condition.attack}' has no parameter '{key}'.{takes}"
-    if condition.objectives != "all":
+    if not isinstance(condition.objectives, str):
         for j, name in enumerate(condition.objectives):
             if name not in registry.objectives:
                 yield ("objectives", j), _unknown("objective", name, [*registry.objectives])

@@ -162,8 +162,8 @@ def conditions_for(suite: Suite, card: ModelCard, notes: list[str] | None = None
 
 
 def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str]) -> Iterator[Condition]:
-    if spec.objectives == "all":
-        objectives = standard_objectives(card.reasons)
+    if isinstance(spec.objectives, str):
+        objectives = standard_objectives(card.reasons, strong=spec.objectives == "strong")
     else:
         objectives = tuple(name for name in spec.objectives if applies(name, card.reasons))
         if left_out := [name for name in spec.objectives if name not in objectives]:
@@ -172,6 +172,8 @@ def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str
             notes.append(f"{card.name} is not attacked by {spec.label}: no objective of it applies")
     params = tuple(sorted(spec.parameters.items()))
     for threat in suite.threat.models:
+        if not spec.at_eps(threat.eps == suite.threat.headline):
+            continue
         for objective in objectives:
             name = f"{spec.label}[{objective}]@{threat.label}"
             yield Condition("attack", name, spec.attack or "", objective, params, threat)

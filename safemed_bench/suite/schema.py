@@ -144,6 +144,10 @@ class ModelSpec(_Part):
             raise ValueError("a model is a name, or a mapping with `name` and `path`")
         return value
 
+    @property
+    def label(self) -> str:
+        return self.name
+
 
 class ConditionSpec(_Part):
     """A word (clean, blank, shuffled, noise), or a mapping with `attack`."""
@@ -155,8 +159,13 @@ class ConditionSpec(_Part):
     name: Text | None = Field(
         default=None, description="Name in tables, by default the attack's; tells two settings apart."
     )
-    objectives: Literal["all"] | tuple[Text, ...] = Field(
-        default="all", description="What the attack maximises: names, or `all` that are standard for the entry."
+    objectives: Literal["all", "strong"] | tuple[Text, ...] = Field(
+        default="all",
+        description="What the attack maximises: names; `all` that are standard for the entry; or `strong`, those of "
+        "all that are not known to overstate the robustness of an entry that reasons.",
+    )
+    at: Literal["all", "headline", "other"] = Field(
+        default="all", description="At every eps of the threat, at its headline alone, or at the others."
     )
     steps: Count | None = Field(default=None, description="Gradient steps.")
     restarts: Count | None = Field(default=None, description="Random starts; later ones on survivors only.")
@@ -181,11 +190,11 @@ class ConditionSpec(_Part):
     @field_validator("objectives", mode="before")
     @classmethod
     def _one_objective(cls, value: Any) -> Any:
-        if value == "all":
+        if value in ("all", "strong"):
             return value
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in names):
-            raise ValueError("must be `all`, an objective, or a list of objectives")
+            raise ValueError("must be `all`, `strong`, an objective, or a list of objectives")
         return tuple(names)
 
     @model_validator(mode="after")
@@ -197,6 +206,10 @@ class ConditionSpec(_Part):
         if twice := {"steps", "restarts", "step_size", "rel_step"} & set(self.params):
             raise ValueError(f"{', '.join(sorted(twice))} stands beside `attack`, not under params")
         return self
+
+    def at_eps(self, headline: bool) -> bool:
+        """Whether the attack is made at the headline eps, or at another one."""
+        return self.at == "all" or (self.at == "headline") == headline
 
     @property
     def label(self) -> str:
@@ -248,10 +261,10 @@ class Suite(_Part):
     @field_validator("models", "conditions")
     @classmethod
     def _each_name_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [v.label if isinstance(v, ConditionSpec) else v.name for v in values]
-        for position, name in enumerate(names):
-            if name in names[:position]:
-                raise ValueError(f"'{name}' stands twice; give one of them another `name`")
+        for position, value in enumerate(values):
+            for other in values[:position]:
+                if value.label == other.label and not _apart(value, other):
+                    raise ValueError(f"'{value.label}' stands twice; give one of them another `name`")
         return values
 
     def to_dict(self) -> dict[str, Any]:
@@ -264,6 +277,11 @@ class Suite(_Part):
             given = spec.model_dump(mode="json", exclude_none=True, exclude={"kind"}, exclude_defaults=True)
             conditions.append(given if spec.kind == "attack" else spec.kind)
         return plain | {"conditions": conditions}
+
+
+def _apart(one: Any, other: Any) -> bool:
+    """Whether two attacks of one name are never made at the same eps."""
+    return {getattr(one, "at", "all"), getattr(other, "at", "all")} == {"headline", "other"}
 
 
 def _written(eps: float) -> str | float:
