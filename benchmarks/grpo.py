@@ -46,8 +46,9 @@ from safemed_bench.training.rollout import Rollouts, draws, sample
 from safemed_bench.training.settings import AdversarySettings
 
 SIDE = 64
+Clock = Callable[[], float]
 LEARNING_RATE, CLIP_NORM = 1e-6, 1.0
-WORDS = ["cyst", "normal", "fracture", "mass", "pneumonia", "modality", "probably", "acquire", "letter", "step", "tags", "question", "through", "inside"]
+WORDS = ["cyst", "normal", "fracture", "mass", "pneumonia", "modality", "probably", "acquire", "letter", "question"]
 TOLERANCE = {"entropy": 1e-4, "grad_norm": 1e-3}
 """Largest relative difference from what TRL logs (float32; its sums run in another order)."""
 
@@ -101,9 +102,10 @@ class Ours:
         self.policy = Policy(self.vlm)
         self.reference = {name: p.detach().clone() for name, p in self.policy.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-        self.inputs = self.vlm.compose([self.vlm.prompt.user_text(q) for q in questions])
+        self.texts = [self.vlm.prompt.user_text(q) for q in questions]
+        self.inputs = self.vlm.compose(self.texts)
         self.pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        self.settings = AdversarySettings(eps=4 / 255, steps=3, rel_step=0.5)
+        self.settings = AdversarySettings(eps=4 / 255, steps=3, rel_step=0.5, objective=None, curriculum=None)
         self.steps = 0
 
     def rollouts(self, pixels: Tensor, group: int) -> Rollouts:
@@ -113,12 +115,13 @@ class Ours:
         return sample(self.policy, self.inputs, values, group, torch.cat(parts), max_new_tokens=size.tokens)
 
     def clean_step(self) -> None:
+        self.inputs = self.vlm.compose(self.texts)
         found = self.rollouts(self.pixels, self.size.group)
         self._update(self.inputs, self.pixels, self.size.group, found.tokens, found.mask)
 
     def adversarial_step(self) -> None:
         """Half of each group on the clean image, half on the attacked one; the reference sees the clean one."""
-        half = self.size.group // 2
+        self.inputs, half = self.vlm.compose(self.texts), self.size.group // 2
         clean = self.rollouts(self.pixels, half)
         attacked = self.pixels + self.attack(clean)
         adversarial = self.rollouts(attacked, half)
@@ -140,7 +143,6 @@ class Ours:
 
     def _update(self, inputs: dict[str, Tensor], pixels: Tensor, group: int, tokens: Tensor, mask: Tensor) -> None:
         self.backward(inputs, pixels, group, tokens, mask)
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
@@ -148,7 +150,7 @@ class Ours:
     def backward(
         self, inputs: dict[str, Tensor], pixels: Tensor, group: int, tokens: Tensor, mask: Tensor
     ) -> dict[str, float]:
-        """Gradients of the loss of given rollouts, as the trainer gets them; their entropy and gradient norm."""
+        """Clipped gradients of the loss of given rollouts; their entropy and gradient norm."""
         gains = advantages(torch.tensor(reward(tokens.tolist())), self.size.group)
         reference = None
         if self.size.beta:
@@ -168,7 +170,7 @@ class Ours:
             beta=self.size.beta if reference is not None else 0.0,
         )
         found.loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP_NORM)
         return {"entropy": float(out.entropies.sum() / mask.sum()), "grad_norm": float(norm)}
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -215,20 +217,20 @@ class Ours:
 class SideBySide(TrainerCallback):
     """Times each of TRL's steps, and after it each of ours."""
 
-    def __init__(self, ours: Ours, first_batch: dict[str, Any]) -> None:
-        self.ours, self.first_batch = ours, first_batch
+    def __init__(self, ours: Ours, first_batch: dict[str, Any], clock: Clock) -> None:
+        self.ours, self.first_batch, self.clock = ours, first_batch, clock
         self.seconds: dict[str, list[float]] = {"trl": [], "clean": [], "adversarial": []}
         self.checked: dict[str, float] = {}
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = self.clock()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds["trl"].append(time.perf_counter() - self.started)
+        self.seconds["trl"].append(self.clock() - self.started)
         if not self.checked:
             self.checked = self._on_the_peer_s_batch()
-        self.seconds["clean"].append(timed(self.ours.clean_step))
-        self.seconds["adversarial"].append(timed(self.ours.adversarial_step))
+        self.seconds["clean"].append(timed(self.clock, self.ours.clean_step))
+        self.seconds["adversarial"].append(timed(self.clock, self.ours.adversarial_step))
 
     def _on_the_peer_s_batch(self) -> dict[str, float]:
         """Ours on TRL's first rollouts, from the same weights."""
@@ -242,13 +244,13 @@ class SideBySide(TrainerCallback):
         return found
 
 
-def timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def timed(clock: Clock, work: Callable[[], Any]) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def run(size: Size, folder: Path) -> list[Case]:
+def run(size: Size, folder: Path, clock: Clock) -> list[Case]:
     model, processor = tiny.build(WORDS, resolution=SIDE)
     tiny.save(model, processor, folder)
     draw = np.random.default_rng(0)
@@ -258,7 +260,7 @@ def run(size: Size, folder: Path) -> list[Case]:
     questions = [Question(str(i), "", "", f"{text}?", options, 0, "CT", "", "", "") for i, text in enumerate(asked)]
     ours = Ours(model, processor, images, questions, size)
     first: dict[str, Any] = {}
-    steps = SideBySide(ours, first)
+    steps = SideBySide(ours, first, clock)
     trainer = peer_trainer(folder, processor, images, [ours.vlm.prompt.user_text(q) for q in questions], size, first)
     trainer.add_callback(steps)
     trainer.train()
@@ -274,19 +276,19 @@ def run(size: Size, folder: Path) -> list[Case]:
     return [
         Case("GRPO step, clean", taken["clean"], peer, taken["trl"], same),
         Case("AT-GRPO step, PGD-3", taken["adversarial"], peer, taken["trl"], exact),
-        *parts(ours, size),
+        *parts(ours, size, clock),
     ]
 
 
-def parts(ours: Ours, size: Size) -> list[Case]:
+def parts(ours: Ours, size: Size, clock: Clock) -> list[Case]:
     """What encoding the prefix once per group saves, on the same model with the same fast vision path."""
     rollouts = ours.rollouts(ours.pixels, size.group)
     seconds: dict[str, list[float]] = {"cached": [], "full": [], "sample": [], "generate": []}
     for _ in range(size.rounds + 1):
-        seconds["cached"].append(timed(lambda: ours.scored(rollouts.tokens, rollouts.mask, cached=True)))
-        seconds["full"].append(timed(lambda: ours.scored(rollouts.tokens, rollouts.mask, cached=False)))
-        seconds["sample"].append(timed(ours.greedy))
-        seconds["generate"].append(timed(ours.generated))
+        seconds["cached"].append(timed(clock, lambda: ours.scored(rollouts.tokens, rollouts.mask, cached=True)))
+        seconds["full"].append(timed(clock, lambda: ours.scored(rollouts.tokens, rollouts.mask, cached=False)))
+        seconds["sample"].append(timed(clock, ours.greedy))
+        seconds["generate"].append(timed(clock, ours.generated))
     a, b = (ours.scored(rollouts.tokens, rollouts.mask, cached=cached) for cached in (True, False))
     same = bool((a - b).norm() <= 1e-4 * b.norm())
     as_generated = torch.equal(ours.greedy(), ours.generated())
@@ -310,10 +312,10 @@ def peer_trainer(
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    def scored(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float]:
+    def scored(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float | None]:
         first.setdefault("tokens", completion_ids)
         first.setdefault("rows", row)
-        return reward(completion_ids)
+        return list(reward(completion_ids))
 
     rows = [
         {"prompt": [{"role": "user", "content": text}], "image": Image.fromarray(image), "row": i}
@@ -369,19 +371,22 @@ def table(cases: list[Case], size: Size) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two rounds instead of seven: under a minute")
+    parser.add_argument("--quick", action="store_true", help="half the prompts, two rounds: under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    for name, value in (("prompts", 4), ("group", 8), ("tokens", 32)):
+    parser.add_argument("--prompts", type=int, help="per step; default 16, the trainer's, and 8 with --quick")
+    for name, value in (("group", 8), ("tokens", 32)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument(
         "--beta", type=float, default=0.02, help="weight of the KL term; 0: no reference on either side"
     )
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds, for a machine that is not idle")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    size = Size(given.prompts, given.group, given.tokens, 2 if given.quick else 7, given.beta)
+    prompts = given.prompts or (8 if given.quick else 16)
+    size = Size(prompts, given.group, given.tokens, 2 if given.quick else 5, given.beta)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        cases = run(size, Path(folder))
+        cases = run(size, Path(folder), time.process_time if given.cpu_time else time.perf_counter)
     print(table(cases, size), file=sys.stderr if given.json else sys.stdout)
     if given.json:
         print(json.dumps({"cases": [case.row() for case in cases]}))

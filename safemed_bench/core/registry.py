@@ -105,6 +105,7 @@ class Registry(Generic[T]):
 models: Registry[Any] = Registry("model", "safemed_bench.models", ("safemed_bench.models.zoo",))
 attacks: Registry[Any] = Registry("attack", "safemed_bench.attacks", ("safemed_bench.attacks",))
 objectives: Registry[Any] = Registry("objective", "safemed_bench.objectives", ("safemed_bench.attacks",))
+certifiers: Registry[Any] = Registry("certifier", "safemed_bench.certifiers", ("safemed_bench.certify",))
 datasets: Registry[Any] = Registry("data set", "safemed_bench.datasets", ("safemed_bench.datasets",))
 rewards: Registry[Any] = Registry("reward", "safemed_bench.rewards", ("safemed_bench.training.rewards",))
 

@@ -41,18 +41,19 @@ CYCLE = ("blue", "vermillion", "green", "purple", "orange", "sky", "grey")
 DASHES = {"solid": "", "dashed": "5 2.5", "dotted": "1.4 2"}
 """SVG dash patterns; the second sign of a curve, for who cannot tell its colour."""
 
-WIDTH, HEIGHT = 480, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 20, 36
+WIDTH, HEIGHT = 420, 232
+LEFT, RIGHT, TOP, BOTTOM = 50, 8, 20, 38
 """Size and margins of a figure in its own units, fixed so that figures below each other line up."""
 
 _STYLE = {
     "svg.fonttype": "none",
-    "font.size": 11.5,
+    "font.size": 12,
     "axes.edgecolor": COLOURS["line"],
     "axes.labelcolor": COLOURS["soft"],
     "xtick.color": COLOURS["soft"],
     "ytick.color": COLOURS["soft"],
     "xtick.major.size": 0,
+    "xtick.major.pad": 7,
     "ytick.major.size": 0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -65,7 +66,7 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-_STAGE_NAME = 9.5
+_STAGE_NAME = 10
 """Size of the names of stages."""
 
 
@@ -149,7 +150,9 @@ def _curve(axes: Axes, curve: Curve) -> None:
     axes.plot(x, y, color=colour, linestyle=dash, linewidth=width, zorder=3 + curve.bold)
     dots = curve.points if curve.marked else _alone(curve.points)
     if dots:
-        axes.plot(*zip(*dots, strict=True), color=colour, linestyle="", marker="o", markersize=3.6, zorder=4)
+        axes.plot(
+            *zip(*dots, strict=True), color=colour, linestyle="", marker="o", markersize=3.6, zorder=4, clip_on=False
+        )
 
 
 def _alone(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -211,8 +214,8 @@ def _spans(axes: Axes, chart: Chart, width: float) -> None:
         if i:
             axes.axvline(span.begin, color=COLOURS["grey"], linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
         room = (span.end - span.begin) / (chart.x_end or 1) * width
-        fits = int(room / (0.58 * _STAGE_NAME))
-        if len(chart.spans) > 1 and fits >= min(3, len(span.name)):
+        fits = int(room / (0.52 * _STAGE_NAME))
+        if len(chart.spans) > 1 and fits >= min(4, len(span.name)):
             name = span.name if len(span.name) <= fits else f"{span.name[: max(fits - 1, 1)]}…"
             x = span.begin / (chart.x_end or 1)
             axes.text(

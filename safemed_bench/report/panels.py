@@ -59,7 +59,7 @@ SPECS = (
     Spec(
         "validation-invalid",
         "Validation",
-        "Invalid answers in validation",
+        "Invalid answers",
         "share of questions",
         r"(invalid)_rate",
         "share",
@@ -69,11 +69,11 @@ SPECS = (
     Spec(
         "robustness",
         "Validation",
-        "Under attack: the training attack and PGD-20",
+        "Accuracy under attack",
         "share of questions",
         r"robust/(train_attack|pgd20)",
         "share",
-        "At the full radius, on validation questions. A wide gap says that the model misleads the weak attack it is "
+        "The training attack and PGD-20 at the full radius, on validation questions. A wide gap says that the model misleads the weak attack it is "
         "trained with instead of withstanding a strong one (arXiv 2001.03994).",
         event="robustness",
         also="robust/gap",
@@ -91,7 +91,7 @@ SPECS = (
         "policy-loss",
         "Loss",
         "Policy loss",
-        "loss",
+        "what is descended",
         r"loss/(policy|consistency)",
         note="The clipped policy gradient hovers about zero by construction; rewards tell whether it learns.",
     ),
@@ -120,11 +120,20 @@ SPECS = (
     Spec(
         "invalid",
         "Rollouts",
-        "Invalid and truncated rollouts",
+        "Invalid rollouts",
         "share of rollouts",
-        r"(invalid|truncated)_rate/(.+)",
+        r"invalid_rate/(.+)",
         "rate",
-        "Invalid: no answer can be read. Truncated: not finished within the limit. Both count as wrong.",
+        "No answer can be read from them; they count as wrong.",
+    ),
+    Spec(
+        "truncated",
+        "Rollouts",
+        "Truncated rollouts",
+        "share of rollouts",
+        r"truncated_rate/(.+)",
+        "rate",
+        "Not finished within the limit; they count as wrong.",
     ),
     Spec("entropy", "Rollouts", "Entropy of the policy", "nats per token", r"(entropy)"),
     Spec(
@@ -177,7 +186,10 @@ KNOWN_COLOURS = {
 }
 """Colours of what means the same in every figure."""
 
-DASHES = {"shuffled": "dotted", "truncated": "dashed", "consistency": "dashed", "pgd20": "dashed"}
+DASHES = {"shuffled": "dotted", "consistency": "dashed", "pgd20": "dashed"}
+
+ORDER = ("all", "clean", "adversarial", "shuffled", "policy", "consistency")
+"""Labels that come first, in this order; the others follow as the trainer names them."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +219,7 @@ Bands = Callable[[str, Sequence[Line]], tuple[tuple[float, float, float], ...]]
 def panels(history: History, bands: Bands) -> list[Panel]:
     """All figures whose metrics there are; a metric that no figure knows has one of its own."""
     events = sorted({line.event for line in history.lines})
-    found = [panel for spec in (*SPECS, *_strangers(history, events)) if (panel := _panel(spec, history, bands))]
-    order = list(dict.fromkeys(panel.spec.section for panel in found))
-    return sorted(found, key=lambda panel: order.index(panel.spec.section))
+    return [panel for spec in (*SPECS, *_strangers(history, events)) if (panel := _panel(spec, history, bands))]
 
 
 def _strangers(history: History, events: Sequence[str]) -> list[Spec]:
@@ -232,6 +242,7 @@ def _metrics(lines: Sequence[Line]) -> list[str]:
 def _panel(spec: Spec, history: History, bands: Bands) -> Panel | None:
     lines = history.of(spec.event)
     labels = {name: label for name in _metrics(lines) if (label := spec.label(name))}
+    labels = dict(sorted(labels.items(), key=lambda item: _place(item[1])))
     if not labels:
         return None
     factor = _factor(spec, lines, labels)
@@ -259,6 +270,10 @@ def _panel(spec: Spec, history: History, bands: Bands) -> Panel | None:
     notes += [f"Each point is the mean of up to {condensed} lines."] if condensed > 1 else []
     also = (spec.also,) if spec.also and spec.also in _metrics(lines) else ()
     return Panel(spec, chart, _data(spec, history, lines, labels, also, factor), tuple(notes), factor != 1.0)
+
+
+def _place(label: str) -> int:
+    return ORDER.index(label) if label in ORDER else len(ORDER)
 
 
 def _factor(spec: Spec, lines: Sequence[Line], labels: Mapping[str, str]) -> float:

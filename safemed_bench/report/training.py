@@ -40,9 +40,6 @@ def training_page(folder: Path) -> str:
     history = read_history(folder)
     config = history.config
     found = panels(history, lambda name, lines: _band(history, name, lines))
-    sections: dict[str, list[dict[str, Any]]] = {}
-    for panel in found:
-        sections.setdefault(panel.spec.section, []).append(_shown(history, panel))
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -57,8 +54,8 @@ def training_page(folder: Path) -> str:
         warnings=_overfitting(history) + _not_finite(history),
         notes=history.notes,
         facts=_facts(history),
-        stages=[_stage(stage) for stage in history.stages],
-        sections=sections,
+        stages=_stages(history),
+        panels=[_shown(history, panel) for panel in found],
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100) if config else "",
     )
 
@@ -86,7 +83,7 @@ def _facts(history: History) -> list[tuple[str, str, str]]:
         facts.append(("Last validation accuracy", *_share(history, looks[-1], "accuracy/all")))
     attacked = [line for line in history.of("robustness") if "robust/pgd20" in line.values]
     if attacked:
-        facts.append(("Last look under PGD-20", *_share(history, attacked[-1], "robust/pgd20")))
+        facts.append(("Last look, PGD-20", *_share(history, attacked[-1], "robust/pgd20")))
     whole = f"of {history.planned:,}" if history.planned > steps else ""
     stages = len(history.stages)
     facts.append(("Steps", f"{steps:,}", ", ".join(filter(None, (whole, f"{stages} stage{'s' * (stages != 1)}")))))
@@ -116,6 +113,12 @@ def _duration(spent: float) -> str:
     if minutes < 1:
         return f"{spent:.0f} s"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _stages(history: History) -> list[dict[str, str]]:
+    """The table of stages, without columns that are empty in all of them."""
+    rows = [_stage(stage) for stage in history.stages]
+    return [{key: row[key] for key in row if any(other[key] != "–" for other in rows)} for row in rows]
 
 
 def _stage(stage: Stage) -> dict[str, str]:
@@ -227,6 +230,7 @@ def _shown(history: History, panel: Panel) -> dict[str, Any]:
     unit = "pixel scale" if spec.unit == "k/255" and not panel.in_255ths else spec.unit
     return {
         "key": spec.key,
+        "section": spec.section,
         "title": spec.title,
         "unit": unit,
         "notes": notes,

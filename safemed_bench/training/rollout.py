@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..core.seeds import derive_seed
 from ..models.huggingface import INPUTS, HuggingFaceVLM
-from .cache import make_room
 from .policy import Encoded, Policy, evaluating, plain_logits, repeated
 
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")
@@ -112,7 +111,6 @@ class _Cached:
         self, vlm: HuggingFaceVLM, prompts: dict[str, Tensor], pixel_values: Tensor | None, group: int
     ) -> None:
         self._encoded, self._first = Encoded.of(vlm, prompts, pixel_values, group)
-        make_room(self._encoded.cache)
 
     def first(self) -> Tensor:
         """(N, V) logits of the first token."""
