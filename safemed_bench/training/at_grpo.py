@@ -222,7 +222,9 @@ class ATGRPO:
 
     def _tokens(self, experience: Experience) -> tuple[float, float]:
         """Tokens of all rollouts, and of those on attacked images, in the whole batch by the number of processes."""
-        counts: dict[str, float] = {view: float(n) for view, n in zip(self.settings.views, experience.mask.sum((0, 2, 3)), strict=True)}
+        counts: dict[str, float] = {
+            view: float(n) for view, n in zip(self.settings.views, experience.mask.sum((0, 2, 3)), strict=True)
+        }
         counts = self.learner.shared(counts)
         return sum(counts.values()), counts.get("adversarial", 0.0)
 
