@@ -18,7 +18,7 @@ from safemed_bench.models import load_model
 from safemed_bench.suite import load_suite
 
 SUITE = Path(__file__).parent.parent / "suites" / "omnimed_pgd.yaml"
-ENTRIES = ("sft", "instruct", "cot")
+ENTRIES = ("sft", "instruct", "cot", "safemed-r1")
 CLI = (sys.executable, "-m", "safemed_bench")
 
 
