@@ -153,9 +153,7 @@ def test_linear_classifiers_are_never_over_certified(sigma: float) -> None:
     count, n, alpha = 10_000, 1000, 0.001
     rng = np.random.default_rng(int(100 * sigma))
     margin = sigma * rng.uniform(0, 3, count)
-    samples = [
-        m[:, None] + sigma * rng.standard_normal((500, n), dtype=np.float32) > 0 for m in margin.reshape(-1, 500)
-    ]
+    draws = ((m[:, None], rng.standard_normal((500, n), dtype=np.float32)) for m in margin.reshape(-1, 500))
     k = np.concatenate([(m + sigma * z > 0).sum(axis=1) for m, z in draws])
     radius = np.array([certified_radius(low, sigma) for low in clopper_pearson_low(k, n, alpha)])
     assert (radius > margin).sum() <= allowed(count, alpha) and (radius > 0.8 * margin).mean() > 0.5

@@ -12,7 +12,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from scipy.stats import binom, norm
 from torch import Tensor
 
@@ -27,8 +26,6 @@ from safemed_bench.certify.evidence import (
 from safemed_bench.certify.sequential import Sequential
 from safemed_bench.core import registry
 from safemed_bench.core.errors import UsageError
-
-Ints = NDArray[np.int64]
 
 
 def labels_of(answers: Sequence[int]) -> Predict:

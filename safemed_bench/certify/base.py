@@ -238,9 +238,11 @@ class Certifier(ABC):
             decisions = tuple(Decision(radius, "abstain", 0) for radius in self.radii or (0.0,))
         else:
             decisions = self._decisions(state, p_low)
+        # Through p0 and back a radius may come out a hair too small.
+        shown = [decision.radius for decision in decisions if decision.verdict == "certified"]
         return Certificate(
             answer=candidate if p_low >= 0.5 else None,
-            radius=certified_radius(p_low, self.sigma),
+            radius=max([certified_radius(p_low, self.sigma), *shown]),
             verdict=decisions[0].verdict,
             n=state.tested,
             counts=dict(sorted(state.test.items())),

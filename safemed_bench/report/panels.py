@@ -73,8 +73,8 @@ SPECS = (
         "share of questions",
         r"robust/(train_attack|pgd20)",
         "share",
-        "The training attack and PGD-20 at the full radius, on validation questions. A wide gap says that the model misleads the weak attack it is "
-        "trained with instead of withstanding a strong one (arXiv 2001.03994).",
+        "The training attack and PGD-20 at the full radius, on validation questions. A wide gap says that the model "
+        "misleads the weak attack it is trained with instead of withstanding a strong one (arXiv 2001.03994).",
         event="robustness",
         also="robust/gap",
     ),

@@ -213,7 +213,7 @@ def _band(history: History, name: str, lines: Sequence[Line]) -> tuple[tuple[flo
 
 def _interval(value: float, n: int) -> tuple[float, float]:
     right = round(value * n)
-    found = proportion(np.arange(n) < right, np.arange(n))
+    found = proportion((np.arange(n) < right).astype(float), np.arange(n))
     return found.low, found.high
 
 
