@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,10 +73,10 @@ class Numbers:
 
     @property
     def aggregates(self) -> list[Condition]:
-        """Noise, each attack (worst of its objectives) and the worst of all, each at every eps."""
+        """Noise, each attack (worst of its objectives) and the worst of all, each at every eps, the smallest first."""
         order = {"noise": 0, "fgsm": 1, "worst": 3}
         found = [c for c in self.conditions if c.threat and c.objective is None]
-        return sorted(found, key=lambda c: (order.get(c.kind, 2), c.kind))
+        return sorted(found, key=lambda c: (order.get(c.kind, 2), c.kind, _eps(c)))
 
     @property
     def main(self) -> list[Condition]:
@@ -91,6 +92,11 @@ class Numbers:
 
     def reasons(self, model: str) -> bool:
         return any(m["name"] == model and m["reasons"] for m in self.summary["models"])
+
+
+def _eps(condition: Condition) -> float:
+    """The size in a threat's label, `linf:4/255` or `l2:0.5`."""
+    return float(Fraction((condition.threat or ":0").partition(":")[2]))
 
 
 def build(summary: Mapping[str, Any]) -> list[Table]:
