@@ -267,6 +267,13 @@ def test_only_the_first_process_writes_the_log(tmp_path):
     assert not (tmp_path / METRICS).exists()
 
 
+def test_a_line_that_a_killed_run_left_half_written_is_dropped(tmp_path):
+    (tmp_path / METRICS).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    with TrainLog(tmp_path, 3, 2, quiet=True) as log:
+        log.step(2, "stage", {"loss": 1.0}, 1, 1.0)
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 3]
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(config, tmp_path):
     """Text-only steps, then steps with images, with validation and a checkpoint in between."""

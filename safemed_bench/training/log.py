@@ -42,7 +42,7 @@ class TrainLog:
 
     def __enter__(self) -> Self:
         if self._main:
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= self.begun]
+            kept = [line for line in self._lines() if _step(line) <= self.begun]
             self.path.write_text("".join(line + "\n" for line in kept))
         self._bar.start()
         self._task = self._bar.add_task("training", total=self.total, completed=self.begun)
@@ -88,3 +88,11 @@ class TrainLog:
         if self._main:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity for one that a killed run left half-written."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
