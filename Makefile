@@ -12,7 +12,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-ENTRIES := sft instruct cot safemed-r1
+ENTRIES := base sft instruct cot warm safemed-r1
 STAGES := base sft instruct cot warm safemed_r1
 CONTROLS := at_sft grpo safemed_r1_instruct
 ZOO := safemed_bench/models/zoo
