@@ -31,7 +31,7 @@ from safemed_bench.training.data import load_corpus
 from safemed_bench.training.experience import draw
 from safemed_bench.training.policy import Policy
 from safemed_bench.training.settings import AdversarySettings, CurriculumSettings
-from safemed_bench.training.sft import SFTLoss, taught
+from safemed_bench.training.sft import SFTLoss, attacked_rows, taught
 from safemed_bench.training.sft import draw as draw_sft
 from safemed_bench.training.stage import Learner
 from safemed_bench.training.trainer import schedule
@@ -233,6 +233,28 @@ def test_each_rollout_is_scored_on_the_image_it_came_from_and_the_reference_on_t
                         alone = method.policy(one, values, tokens, mask, 1).logps
                     torch.testing.assert_close(logps[i, v, j], alone[0], atol=2e-5, rtol=1e-4)
     assert noted["kl"] > 0
+
+
+@pytest.mark.parametrize("rollouts", ["mixed", "adversarial"])
+@pytest.mark.parametrize("objective", ["rollout_nll", "advantage", "answer_ce", "no_think", "feature"])
+def test_every_inner_objective_attacks_inside_the_trainer(objective, rollouts, stage):
+    """Random weights are never right: objectives that need a right rollout have no gradient there, the others have."""
+    method, step = stage(
+        f"stages.1.adversary.objective={objective}", f"stages.1.grpo.rollouts={rollouts}", "stages.1.noise=[0.1]"
+    )
+    prompts = method._draw(step)
+    found = method._collect(prompts, step)
+    delta = prompts.images["adversarial"] - prompts.images["clean"]
+    eps = found.log["attack/eps"]
+    assert eps == pytest.approx(1 / 255) and 0.5 * eps < float(delta.abs().max()) <= eps * (1 + 1e-4)
+    assert found.log["attack/dead_gradients"] == float(objective in ("rollout_nll", "advantage"))
+    assert torch.equal(found.images[:, -1], prompts.images["adversarial"] + prompts.noise)
+
+
+def test_attacked_rows_are_spread_over_all_processes():
+    assert attacked_rows(range(10), 0.5) == [1, 3, 5, 7, 9] and attacked_rows(range(5), 1.0) == [0, 1, 2, 3, 4]
+    shares = [len(attacked_rows(range(rank, 64, 2), 0.8)) for rank in range(2)]
+    assert sum(shares) == 51 and attacked_rows((0,), 0.5) == []
 
 
 def test_groups_without_a_difference_teach_nothing(stage):

@@ -41,7 +41,7 @@ def perturb(
     draws: Sequence[torch.Generator],
 ) -> Maximum:
     """(B, 3, H, W) perturbation of `clean` (float, [0, 1]) inside the ball of radius eps and the box; eps 0 gives 0."""
-    if eps == 0:
+    if eps == 0 or not len(clean):
         return Maximum(torch.zeros_like(clean), torch.zeros(len(clean), dtype=torch.long))
     with frozen(vlm), evaluating(vlm.model):
         return attack_of(settings).maximise(inner, clean, settings.threat(eps), draws)

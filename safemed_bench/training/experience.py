@@ -42,8 +42,8 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Experience:
-    """What there is to learn from: images (P, V, 3, H, W), tokens and mask (P, V, g, T), advantages and old
-    log-probabilities in the same order; log: what the step tells of its rollouts."""
+    """What there is to learn from: images (P, V, 3, H, W), tokens and mask (P, V, g, T), advantages
+    (P * V * g,) in the same order; log: what the step tells of its rollouts."""
 
     images: Tensor
     tokens: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..attacks.base import Prepared
 from ..core.seeds import derive_seed
 from ..models.huggingface import HuggingFaceVLM
 from .adversary import Curriculum, Noised, TaughtReply, gaussian, generators, perturb
@@ -48,6 +50,11 @@ class SFTLoss(nn.Module):
         return self.vlm.reply_loss(reply.prompts, values, reply.replies, reply.weights).mean()
 
 
+def attacked_rows(places: Sequence[int], share: float) -> list[int]:
+    """The rows of a batch that are attacked, by their places: spread evenly over the batch of all processes."""
+    return [row for row, place in enumerate(places) if int((place + 1) * share) > int(place * share)]
+
+
 def taught(vlm: HuggingFaceVLM, examples: tuple[Example, ...], *, image: bool = True) -> TaughtReply:
     """The loss of the examples' replies as a function of the pixels."""
     prompts = vlm.compose([e.user for e in examples], image=image)
@@ -84,19 +91,17 @@ class SFT:
         noise = gaussian(stage.noise, clean, generators(batch.places, "noise", *seed))
         pixels, noted = clean, {}
         if stage.adversary and self.curriculum:
-            inner: Any = taught(learner.vlm, batch.examples)
-            inner = inner if noise is None else Noised(inner, noise)
             eps = self.curriculum.eps(step.in_stage)
+            rows = torch.tensor(attacked_rows(batch.places, stage.adversary.share), dtype=torch.long)
+            inner: Prepared = taught(learner.vlm, batch.examples)
+            inner = (inner if noise is None else Noised(inner, noise)).select(rows)
+            draws = generators([batch.places[i] for i in rows], "pgd", *seed)
             with learner.accelerator.autocast():
-                found = perturb(learner.vlm, inner, clean, stage.adversary, eps, generators(batch.places, "pgd", *seed))
-            chosen = self._attacked(batch, stage.adversary.share).view(-1, 1, 1, 1)
-            pixels = clean + found.delta * chosen.to(clean)
-            noted = {"attack/eps": eps, "attack/dead_gradients": float((found.dead > 0).float().mean())}
+                found = perturb(learner.vlm, inner, clean[rows], stage.adversary, eps, draws)
+            pixels = clean.index_add(0, rows.to(clean.device), found.delta)
+            dead = float((found.dead > 0).float().mean()) if len(rows) else 0.0
+            noted = {"attack/eps": eps, "attack/dead_gradients": dead}
         return pixels if noise is None else pixels + noise, noted
-
-    def _attacked(self, batch: Draw, share: float) -> Tensor:
-        """(B,) the rows that are attacked: spread evenly over the batch of all processes."""
-        return torch.tensor([int((place + 1) * share) > int(place * share) for place in batch.places])
 
     def state_dict(self) -> dict[str, Any]:
         return {"curriculum": self.curriculum.state_dict()} if self.curriculum else {}

@@ -18,7 +18,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
 from ..models.huggingface import HuggingFaceVLM
-from ..report.training import write_training_page
 from .at_grpo import ATGRPO
 from .checkpoint import Checkpoints, load_start, save_entry
 from .config import TrainConfig
@@ -71,6 +70,8 @@ def train(config: TrainConfig, *, resume: bool = True, quiet: bool = False) -> P
                 checkpoints.save(done, method)
     if accelerator.is_main_process:
         save_entry(vlm, config)
+        from ..report.training import write_training_page  # figures take seconds to import: not at the start
+
         write_training_page(config.folder)
     accelerator.wait_for_everyone()
     return config.folder / "entry"
