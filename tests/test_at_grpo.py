@@ -395,6 +395,7 @@ def test_two_processes_give_the_gradient_of_one(loss, path, tmp_path):
         ("stages.1.adversary=null", "need an `adversary`"),
         ("stages.1.tasks.0.kind=caption", "one task, of kind answer or rationale"),
         ("stages.1.tasks.0.prompts=[instruct]", "rewarded for what is deployed"),
+        ("stages.1.adversary.eps=8", "Did you mean 8/255?"),
         ("stages.0.noise=[-1]", "must not be negative"),
         ("stages.1.grpo.lose=dapo", "loss"),
     ],

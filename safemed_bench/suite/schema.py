@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from ..core.errors import did_you_mean
 from ..core.types import ThreatModel, format_eps
-from .values import Count, CountOrAll, CountOrAuto, Dtype, Eps, Number, Text, Whole, parse_number
+from .values import Count, CountOrAll, CountOrAuto, Dtype, Eps, Number, Text, Whole, check_scale, parse_number
 
 PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
 FILTER_KEYS = ("modality", "question_type", "source")
@@ -90,10 +90,8 @@ class ThreatSpec(_Part):
     @field_validator("eps")
     @classmethod
     def _on_the_pixel_scale(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-        if info.data.get("norm") == "linf":
-            for eps in values:
-                if eps > 1:
-                    raise ValueError(f"{eps:g} is above 1: eps is on the [0, 1] pixel scale. Did you mean {eps:g}/255?")
+        for eps in values:
+            check_scale(info.data.get("norm"), eps)
         if len(set(values)) < len(values):
             raise ValueError("the same eps stands twice")
         return values

@@ -25,6 +25,12 @@ def parse_number(value: Any) -> float:
     return float(value)
 
 
+def check_scale(norm: str | None, eps: float) -> None:
+    """ValueError where an L∞ eps cannot be meant on the [0, 1] pixel scale."""
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"{eps:g} is above 1: eps is on the [0, 1] pixel scale. Did you mean {eps:g}/255?")
+
+
 def parse_whole(value: Any) -> int:
     """An integer; text of digits is taken, as environment variables hold nothing else."""
     if isinstance(value, str) and value.strip().lstrip("-").isdigit():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..core import registry
 from ..core.errors import did_you_mean
 from ..core.types import ThreatModel
-from ..suite.values import Count, Eps, Number, Text, Whole
+from ..suite.values import Count, Eps, Number, Text, Whole, check_scale
 
 Inner = Literal["reply", "rollout_nll", "advantage", "answer_ce", "no_think", "feature"]
 View = Literal["clean", "adversarial", "shuffled"]
@@ -60,6 +60,12 @@ class AdversarySettings(Settings):
     )
     alarm: Number = Field(default=0.15, gt=0, description="Gap of the two robust accuracies that is warned of.")
     curriculum: CurriculumSettings | None = Field(None, description="Growth of eps; none for full size at once.")
+
+    @field_validator("eps")
+    @classmethod
+    def _on_the_pixel_scale(cls, eps: float, info: ValidationInfo) -> float:
+        check_scale(info.data.get("norm"), eps)
+        return eps
 
     def threat(self, eps: float) -> ThreatModel:
         return ThreatModel(self.norm, eps)
