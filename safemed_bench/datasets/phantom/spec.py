@@ -11,7 +11,7 @@ from typing import Any
 from ...core.errors import UsageError, did_you_mean
 from .catalogue import MODALITIES
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Goes up whenever the same parameters would give other images or other questions."""
 
 SPLITS = ("train", "validation", "test")
@@ -27,7 +27,7 @@ class Difficulty:
     nuisance around them is not.
     """
 
-    anatomy: Range = (0.40, 0.65)
+    anatomy: Range = (0.34, 0.56)
     """Contrast and colour of normal anatomy as a part of the painted ones, uniform per image: a flat acquisition, in
     which organs stand out from their surroundings less than signs do from organs."""
     contrast: Range = (0.28, 0.48)
