@@ -41,12 +41,23 @@ class ObjectiveInfo:
     weak_on_reasoning: bool = False
 
 
+_PGD = ("steps", "restarts", "step_size", "rel_step", "random_start", "keep", "active_set")
 ATTACKS: dict[str, AttackInfo] = {
     "fgsm": AttackInfo("safemed_bench.attacks.fgsm:FGSM", "one step of length eps (Goodfellow, 1412.6572)"),
     "pgd": AttackInfo(
         "safemed_bench.attacks.pgd:PGD",
         "projected gradient ascent (Madry, 1706.06083) with an active set and verified early stopping",
-        ("steps", "restarts", "step_size", "rel_step", "random_start", "keep", "active_set"),
+        _PGD,
+    ),
+    "smoothadv": AttackInfo(
+        "safemed_bench.attacks.smoothadv:SmoothAdv",
+        "PGD on the smoothed model: mean probability over noisy copies (Salman, 1906.04584)",
+        (*_PGD, "draws", "sigma"),
+    ),
+    "eot": AttackInfo(
+        "safemed_bench.attacks.smoothadv:EOT",
+        "PGD on the expected loss of a randomised model (Athalye, 1707.07397)",
+        (*_PGD, "draws", "sigma"),
     ),
 }
 

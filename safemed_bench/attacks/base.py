@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from ..core.seeds import derive_seed
 from ..core.types import Answer, ThreatModel
 from ..models.base import Batch, VisionLanguageModel
 from .threat import norms, project, quantize
@@ -244,6 +245,12 @@ class Attack(ABC):
         """Climb: `read` losses and gradients, `keep` candidates, `verify` or `settle` them, all through
         `pursuit`."""
 
+    def surrogate(
+        self, prepared: Prepared, model: VisionLanguageModel, generators: Sequence[torch.Generator]
+    ) -> Prepared:
+        """What is climbed in place of the objective; itself unless the attack knows better."""
+        return prepared
+
     @final
     def __call__(
         self,
@@ -269,10 +276,10 @@ class Attack(ABC):
         chosen, answers = batch.select(places), [clean_answers[i] for i in places]
 
         def verdict(rows: Tensor, images: Tensor) -> list[Answer]:
-            return model.answer(chosen.select(rows), images.float() / 255)
+            return model.answer(chosen.select(rows), images.float() / 255, generator=_own_stream())
 
         with frozen(model):
-            prepared = objective.prepare(model, chosen, answers)
+            prepared = self.surrogate(objective.prepare(model, chosen, answers), model, [generators[i] for i in places])
             pursuit = Pursuit(
                 prepared,
                 chosen.pixels,
@@ -298,6 +305,11 @@ class Attack(ABC):
         pursuit = Pursuit(prepared, clean, canvas, threat, generators)
         self.perturb(pursuit)
         return Maximum(project(threat, pursuit.peak_delta, clean), pursuit.dead)
+
+
+def _own_stream() -> torch.Generator:
+    """Of a randomised model's draws the attack sees other ones than the deployed path's and the judge's."""
+    return torch.Generator().manual_seed(derive_seed("attack verdict"))
 
 
 @contextmanager

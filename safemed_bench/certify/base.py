@@ -13,14 +13,15 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, final
 
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
 from .evidence import certified_radius, needed_probability
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 INVALID = -1
 """The label of an answer that names no option. A class like any other when counted; it can win, and never certifies."""
@@ -31,7 +32,7 @@ NOISE_CHUNK = 16
 NEAR_ONE = 1 - 1e-12
 """A radius that asks for a probability above this is beyond what counts and double precision can show."""
 
-Predict = Callable[[Tensor], Sequence[int]]
+Predict = Callable[["Tensor"], Sequence[int]]
 """(B, 3, H, W) noisy pixels, not clamped, to B labels: the option's index or INVALID."""
 
 Verdict = Literal["certified", "refuted", "abstain"]
@@ -71,6 +72,14 @@ class Certificate:
     def linf_equivalent(self, values: int) -> float:
         """R / sqrt(d): the largest L-infinity ball inside the L2 ball, for a picture of d = `values` = 3 H W."""
         return self.radius / math.sqrt(values)
+
+
+class Request(NamedTuple):
+    """Samples start to start + size of a phase's stream."""
+
+    phase: str
+    start: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,24 +218,36 @@ class Certifier(ABC):
             return False
         return state.candidate == INVALID or state.tested >= self.n or self._ended(state)
 
+    def request(self, state: State, limit: int) -> Request:
+        """The next up to `limit` samples that an unfinished certificate wants, of one phase."""
+        if state.selected < self.n0:
+            return Request("selection", state.selected, min(limit, self.n0 - state.selected))
+        return Request("test", state.tested, min(limit, self.n - state.tested))
+
+    def take(self, state: State, labels: Sequence[int]) -> State:
+        """The answers to what `request` asked for, in its order."""
+        if state.selected < self.n0:
+            return replace(state, selection=merged(state.selection, labels))
+        return self._count(state, labels)
+
     def advance(self, state: State, predict: Predict, image: Tensor, batch_size: int) -> State:
         """The next up to `batch_size` samples of the selection or of the test. Raises ValueError on bad arguments."""
         check_image(image)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if state.selected < self.n0:
-            size = min(batch_size, self.n0 - state.selected)
-            labels = self._ask(predict, image, state.seed, "selection", state.selected, size)
-            return replace(state, selection=merged(state.selection, labels))
-        size = min(batch_size, self.n - state.tested)
-        return self._count(state, self._ask(predict, image, state.seed, "test", state.tested, size))
+        request = self.request(state, batch_size)
+        labels = [int(label) for label in predict(image + self.sigma * noise(image, state.seed, *request))]
+        if len(labels) != request.size:
+            raise ValueError(f"predict gave {len(labels)} answers for {request.size} pictures")
+        return self.take(state, labels)
 
-    def _ask(self, predict: Predict, image: Tensor, seed: int, phase: str, start: int, count: int) -> list[int]:
-        noisy = image + self.sigma * noise(image, seed, phase, start, count)
-        labels = [int(label) for label in predict(noisy)]
-        if len(labels) != count:
-            raise ValueError(f"predict gave {len(labels)} answers for {count} pictures")
-        return labels
+    def resumed(self, seed: int, state: State | None = None) -> State:
+        """Where to go on: `state`, or the start. Raises ValueError for a state of something else."""
+        fresh = self.start(seed)
+        state = fresh if state is None else state
+        if (state.seed, state.origin) != (fresh.seed, fresh.origin):
+            raise ValueError("this state belongs to another seed, certifier or set of parameters")
+        return state
 
     def certificate(self, state: State) -> Certificate:
         """What a finished state proves."""
@@ -269,10 +290,7 @@ class Certifier(ABC):
         state: where an earlier call was interrupted. save: called with the state after every batch. Raises ValueError
         for a picture of another form and for a state of another seed, certifier or parameters.
         """
-        fresh = self.start(seed)
-        state = fresh if state is None else state
-        if (state.seed, state.origin) != (fresh.seed, fresh.origin):
-            raise ValueError("this state belongs to another seed, certifier or set of parameters")
+        state = self.resumed(seed, state)
         while not self.done(state):
             state = self.advance(state, predict, image, batch_size)
             if save is not None:
@@ -298,6 +316,8 @@ def noise(image: Tensor, seed: int, phase: str, start: int, count: int) -> Tenso
 
     Drawn in float32 on the CPU, so that a GPU sees the same.
     """
+    import torch  # here, so that a suite's certifiers can be checked without it
+
     first, last = start // NOISE_CHUNK, (start + count - 1) // NOISE_CHUNK
     chunks = [_chunk(image.shape, derive_seed(seed, "certify", phase, number)) for number in range(first, last + 1)]
     offset = start - first * NOISE_CHUNK
@@ -307,4 +327,6 @@ def noise(image: Tensor, seed: int, phase: str, start: int, count: int) -> Tenso
 @functools.lru_cache(maxsize=2)
 def _chunk(shape: torch.Size, seed: int) -> Tensor:
     """Never written to; held because batches that are smaller than a chunk ask for it again."""
+    import torch
+
     return torch.randn((NOISE_CHUNK, *shape), generator=torch.Generator().manual_seed(seed))

@@ -19,7 +19,7 @@ MODALITIES = (
 LETTERS = "ABCD"
 
 Norm = Literal["linf", "l2"]
-Status = Literal["valid", "invalid", "truncated"]
+Status = Literal["valid", "invalid", "truncated", "abstain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,8 @@ class Record:
     linf, l2: norms of the saved 8-bit perturbation, [0, 1] pixel scale. loss_trace: mean objective per step of this
     question. forwards, backwards: passes spent on this question by the attack.
     clean_correct: verdict on the untouched image (attack conditions), so that worst cases can be formed.
+    radius, abstain, samples: of a certificate: its L2 radius on the [0, 1] pixel scale, whether no answer could be
+    certified, and the answers on noisy copies that it took, selection included.
     """
 
     key: str
@@ -143,6 +145,9 @@ class Record:
     loss_trace: tuple[float, ...] = ()
     forwards: int = 0
     backwards: int = 0
+    radius: float | None = None
+    abstain: bool | None = None
+    samples: int | None = None
     artefact: str = ""
     seconds: float = 0.0
     error: str = ""

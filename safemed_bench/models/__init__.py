@@ -19,10 +19,20 @@ def load_model(
     a parameter `dtype` and the entry sets none, that gets the run's. Raises ModelError where weights are absent or the
     adapter's start-up self-check fails, UsageError for a setting that the builder does not take.
     """
+    model = _bare(spec, resolution, device, dtype)
+    smooth = getattr(spec, "smooth", None)
+    if smooth is None:
+        return model
+    from .smoothed import Smoothed
+
+    return Smoothed(model, smooth.sigma, smooth.n, smooth.alpha)
+
+
+def _bare(spec: Spec, resolution: int | tuple[int, int], device: str, dtype: str) -> VisionLanguageModel:
     import torch
 
     from ..core import registry
-    from .card import builder_settings, resolve
+    from .card import builder_settings, registered_name, resolve
 
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -32,5 +42,5 @@ def load_model(
 
         wanted = card.dtype if card.dtype not in (None, "auto") else dtype
         return HuggingFaceVLM.load(card, size, device=where, dtype=wanted or "auto")
-    builder = registry.models.get(spec.name)
+    builder = registry.models.get(registered_name(spec))
     return builder(resolution=size, device=where, **builder_settings(builder, spec, dtype))

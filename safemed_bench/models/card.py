@@ -71,7 +71,8 @@ def resolve(spec: Spec) -> ModelCard:
 
 def _registered(spec: Spec) -> ModelCard:
     """Our own entries are registered as folders; a plugin registers a function or class that builds the model."""
-    item = registry.models.get(spec.name)
+    name = registered_name(spec)
+    item = registry.models.get(name)
     if isinstance(item, str | Path):
         return card_from_folder(spec.name, Path(item), spec)
     reasons = bool(getattr(item, "reasons", False))
@@ -79,7 +80,7 @@ def _registered(spec: Spec) -> ModelCard:
     own: Decode = getattr(item, "decode", None) or ("generate" if reasons else "logprob")
     decode: Decode = spec.decode or own
     builder_settings(item, spec)
-    identity = str(getattr(item, "fingerprint", "") or getattr(item, "__qualname__", spec.name))
+    identity = str(getattr(item, "fingerprint", "") or getattr(item, "__qualname__", name))
     return ModelCard(
         name=spec.name,
         path="",
@@ -87,10 +88,15 @@ def _registered(spec: Spec) -> ModelCard:
         decode=decode,
         max_new_tokens=spec.max_new_tokens or 256,
         reasons=reasons,
-        fingerprint=_digest(f"{identity}\x1f{registry.models.source(spec.name)}".encode()),
+        fingerprint=_digest(f"{identity}\x1f{registry.models.source(name)}".encode()),
         description=(item.__doc__ or "").strip().split("\n")[0],
         dtype=spec.dtype,
     )
+
+
+def registered_name(spec: Spec) -> str:
+    """What the registry knows a suite's entry by; its own name may be one that only tables use."""
+    return getattr(spec, "entry", None) or spec.name
 
 
 def builder_settings(builder: Callable[..., Any], spec: Spec, dtype: str | None = None) -> dict[str, Any]:

@@ -275,6 +275,21 @@ class HuggingFaceVLM:
             )
         return answers
 
+    @torch.no_grad()
+    def verdicts(self, batch: Batch, pixels: Tensor) -> list[int | None]:
+        """(B,) `Answer.index` of `answer`, without the texts and scores that a certificate has no use for."""
+        if self.decode == "logprob" and self.reasons:
+            return [answer.index for answer in self.answer(batch, pixels)]
+        processed = self.processed(pixels)
+        if self.decode == "logprob":
+            values = processed["pixel_values"] if self.prompt.image else None
+            scores = self._letter_scores(batch, values, [self._around_letter(())] * len(batch))
+            return [int(row[: len(q.options)].argmax()) for row, q in zip(scores, batch.questions, strict=True)]
+        return [
+            extract(self.decode_text(reply), self.prompt, len(q.options), finished=done)[0]
+            for (reply, done), q in zip(self._generate(batch, processed), batch.questions, strict=True)
+        ]
+
     def processed(self, pixels: Tensor) -> dict[str, Tensor]:
         """What the model's own image processor gives for the pixels rounded to the 8-bit grid."""
         images = (pixels.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

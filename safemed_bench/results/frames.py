@@ -4,8 +4,8 @@ From one run folder `load_run` gives a `Run`: who was measured on what (`run.jso
 tables of question x condition. Aggregates over attacks are more columns of the same tables (`with_worst_cases`).
 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
-(a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons}]; `cells`
-[{model, condition}] and `questions` [{id, modality, question_type, image_sha256, n_options, text_prior}] in the plan's
+(a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons, smooth}]; `cells`
+[{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id, modality, question_type, image_sha256, n_options, text_prior}] in the plan's
 order (without them a question is known to be missing only where another cell has it); `provenance` (copied into the
 summary).
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ RECORDS = "records.jsonl"
 RUN = "run.json"
 HEAVY = {"text", "option_logprobs", "loss_trace", "extra"}
 COLUMNS = tuple(f.name for f in fields(Record) if f.name not in HEAVY)
+CERTIFICATE = ("candidate", "decisions")
+"""What is kept of a certificate's `extra`."""
+NO_ATTACK = ("noise", "certify", "certified")
 QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options", "text_prior")
 """What is known of a question; all but `text_prior` also stands in each of its records."""
 
@@ -55,7 +58,7 @@ class Condition:
     @property
     def is_attack(self) -> bool:
         """An adversary's condition, single or aggregated; random noise is not one."""
-        return self.threat is not None and self.kind != "noise"
+        return self.threat is not None and self.kind not in NO_ATTACK
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,13 @@ class Verdicts:
 
     questions: index question id; columns modality, question_type, image_sha256, n_options, text_prior (whether the
     text-only lookup answers it, NaN where that is not known).
-    correct: 1.0 right, 0.0 wrong, NaN missing. status: "valid", "invalid", "truncated", or NaN.
+    correct: 1.0 right, 0.0 wrong, NaN missing. status: "valid", "invalid", "truncated", "abstain", or NaN.
     clean: the verdict on the untouched image, from the clean cell or, where the suite has none, from attack records.
     errors: (condition, question id, message) of every record with an error.
+    asked: condition -> ids of its questions, only where these are not all. certificates: one row per certificate,
+    columns condition, question_id, target, candidate, decisions ([radius, verdict, n] each), radius, abstain, samples.
+    certifiers: condition -> {name, values (d = 3 H W), sigma, ...}. smooth: whether the entry is a smoothed one, which
+    may abstain.
     """
 
     model: str
@@ -75,6 +82,10 @@ class Verdicts:
     status: pd.DataFrame
     clean: pd.Series
     errors: tuple[tuple[str, str, str], ...] = ()
+    asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    certificates: pd.DataFrame = field(default_factory=pd.DataFrame)
+    certifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    smooth: bool = False
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -98,17 +109,22 @@ class Run:
 
 
 def load_records(folder: Path | str) -> pd.DataFrame:
-    """One row per record: COLUMNS of core.types.Record, `correct` and `clean_correct` as 1.0, 0.0 or NaN.
+    """One row per record: COLUMNS of core.types.Record and CERTIFICATE of its extra.
+
+    `correct` and `clean_correct` are 1.0, 0.0 or NaN.
 
     Of a run that ended, `records.jsonl` is read: the records of its plan. Of one that was stopped, the journal, which
     may also hold records of an earlier plan of the same suite; of two records of one question in one cell the later
     one stands. Raises DataError.
     """
     folder = Path(folder)
-    rows = [[getattr(record, name) for name in COLUMNS] for record in _records(folder)]
+    rows = [
+        [*(getattr(record, name) for name in COLUMNS), *(record.extra.get(name) for name in CERTIFICATE)]
+        for record in _records(folder)
+    ]
     if not rows:
         raise DataError(f"{folder} holds no records: neither {journal.JOURNAL} nor {RECORDS} has a line")
-    frame = pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates(
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, *CERTIFICATE]).drop_duplicates(
         ["model", "condition", "question_id"], keep="last"
     )
     for name in ("correct", "clean_correct"):
@@ -163,10 +179,20 @@ def load_run(folder: Path | str) -> Run:
     cells = _planned_cells(info, records)
     questions = _planned_questions(info, records)
     tables = tuple(
-        _verdicts(model, conditions, questions, records[records["model"] == model])
+        replace(
+            _verdicts(model, conditions, questions, records[records["model"] == model]),
+            asked={name: frozenset(ids) for name, ids in _of_cells(info, model, "questions").items()},
+            certifiers=_of_cells(info, model, "certifier"),
+            smooth=any(card.get("name") == model and card.get("smooth") for card in info.get("models", ())),
+        )
         for model, conditions in cells.items()
     )
     return Run(folder, info, tables)
+
+
+def _of_cells(info: Mapping[str, Any], model: str, key: str) -> dict[str, Any]:
+    """condition -> what run.json says under `key` of the model's cells that have it."""
+    return {c["condition"]: c[key] for c in info.get("cells", ()) if c["model"] == model and key in c}
 
 
 def _planned_cells(info: Mapping[str, Any], records: pd.DataFrame) -> dict[str, list[str]]:
@@ -204,6 +230,7 @@ def _verdicts(model: str, conditions: list[str], questions: pd.DataFrame, rows: 
         status=table("status").where(correct.notna()),
         clean=correct["clean"] if "clean" in conditions else table("clean_correct").bfill(axis=1).iloc[:, 0],
         errors=tuple(named.itertuples(index=False, name=None)),
+        certificates=rows[(rows["samples"].notna()) & (rows["error"] == "")],
     )
 
 
@@ -235,13 +262,13 @@ def _worst(correct: pd.DataFrame) -> pd.Series:
 
 
 def _worst_status(correct: pd.DataFrame, status: pd.DataFrame, worst: pd.Series) -> pd.Series:
-    """ "invalid" or "truncated" only where no member was wrong with a valid answer.
+    """ "invalid", "abstain" or "truncated" only where no member was wrong with a valid answer.
 
     So the invalid rate of an aggregate is the share of questions lost through an unreadable answer alone.
     """
     result = pd.Series(np.nan, index=worst.index, dtype=object).mask(worst.notna(), "valid")
     wrong = status.where(correct == 0)
-    for kind in ("truncated", "invalid"):
+    for kind in ("truncated", "abstain", "invalid"):
         only = (wrong == kind).any(axis=1) & ~(wrong == "valid").any(axis=1)
         result = result.mask(only & worst.notna(), kind)
     return result

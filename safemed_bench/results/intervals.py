@@ -10,6 +10,7 @@ wilson-clustered   some do: Wilson at the effective n
 wilson-weighted    mean of the strata's means (weights 1/n of the stratum): Wilson at the effective n
 paired-t, paired-t-clustered
                    mean of per-question differences, t interval on the (cluster-)robust standard error
+mean-t, mean       mean of numbers: t interval on the (cluster-)robust standard error; none where all are equal
 newcombe           the same where all differences are equal, so that a t interval would have width 0 (Newcombe 1998)
 exact              a known quantity of the questions, not an estimate: low = high = value
 none               no question to estimate from: value, low and high are NaN, n is 0
@@ -85,6 +86,18 @@ def paired_difference(first: Floats, second: Floats, clusters: Codes) -> Estimat
     low, high = _mean_fit(difference, clusters, np.ones(n)).conf_int(ALPHA)[0]
     method = "paired-t-clustered" if shared else "paired-t"
     return Estimate(value, max(float(low), -1.0), min(float(high), 1.0), n, method)
+
+
+def mean(values: Floats, clusters: Codes) -> Estimate:
+    """Mean of (n,) numbers, t interval on the (cluster-)robust standard error; no width where all are equal."""
+    n = len(values)
+    if n == 0:
+        return NOTHING
+    value = float(values.mean())
+    if len(np.unique(clusters)) < 2 or np.ptp(values) == 0:
+        return Estimate(value, math.nan, math.nan, n, "mean")
+    low, high = _mean_fit(values, clusters, np.ones(n)).conf_int(ALPHA)[0]
+    return Estimate(value, float(low), float(high), n, "mean-t")
 
 
 def exact(value: float, n: int) -> Estimate:

@@ -4,6 +4,7 @@ accuracy             share of right answers among questions with a verdict
 accuracy_macro       mean over modalities of their accuracies (modality `all` only)
 attack_success_rate  share of clean-correct questions that the attack turned wrong
 invalid_rate         share of verdicts whose answer could not be extracted (they count as wrong)
+abstain_rate         share of verdicts where a smoothed entry gave no answer (wrong too)
 truncated_rate       share of verdicts whose text ended before an answer (wrong too, told apart from invalid)
 error_rate           share of planned questions without a verdict: an error was recorded, or nothing at all
 chance               mean of 1 / number of options (condition `clean`)
@@ -29,6 +30,7 @@ METRICS = (
     "attack_success_rate",
     "invalid_rate",
     "truncated_rate",
+    "abstain_rate",
     "error_rate",
     "chance",
     "text_prior",
@@ -70,7 +72,11 @@ def measures(verdicts: Verdicts) -> Iterator[Measure]:
     """All estimates of one model, in a fixed order: condition, metric, modality (`all` first)."""
     slices = _slices(verdicts)
     for condition in verdicts.conditions:
+        if condition.kind == "certify":
+            continue  # certified.py
         for metric in METRICS:
+            if metric == "abstain_rate" and not verdicts.smooth:
+                continue
             for part in slices:
                 estimate = _estimate(metric, condition, part)
                 if estimate is not None:
@@ -100,7 +106,7 @@ def _estimate(metric: str, condition: Condition, part: _Slice) -> Estimate | Non
             return part.share(correct == 1, known, _macro_weights(part, known))
         case "attack_success_rate" if condition.is_attack:
             return part.share(correct == 0, known & (part.clean == 1))
-        case "invalid_rate" | "truncated_rate":
+        case "invalid_rate" | "truncated_rate" | "abstain_rate":
             status = part.status[condition.name].to_numpy(dtype=object)
             return part.share(status == metric.removesuffix("_rate"), known)
         case "error_rate":

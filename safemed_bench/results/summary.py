@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..core.journal import write_atomic
 from . import tables
+from .certified import certified
 from .frames import Condition, Run, Verdicts, load_run, with_worst_cases
 from .metrics import Measure, measures
 
@@ -53,9 +54,14 @@ def summary_of(run: Run) -> dict[str, Any]:
         "threat": _threat(info, all_verdicts),
         "models": [{"name": v.model, "reasons": _reasons(info, v.model)} for v in all_verdicts],
         "coverage": coverage,
-        "estimates": [_row(measure) for verdicts in all_verdicts for measure in measures(verdicts)],
+        "estimates": [_row(measure) for verdicts in all_verdicts for measure in _all(verdicts)],
         "provenance": info.get("provenance", {}),
     }
+
+
+def _all(verdicts: Verdicts) -> Iterator[Measure]:
+    yield from measures(verdicts)
+    yield from certified(verdicts)
 
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +124,9 @@ def _coverage(verdicts: Sequence[Verdicts]) -> dict[str, Any]:
 
 
 def _cell_coverage(verdicts: Verdicts, condition: Condition) -> dict[str, Any]:
-    planned, done = len(verdicts.correct), int(verdicts.correct[condition.name].notna().sum())
+    asked = verdicts.asked.get(condition.name)
+    planned = len(verdicts.correct) if asked is None else len(asked)
+    done = int(verdicts.correct[condition.name].notna().sum())
     failed = pd.Index([q for c, q, _ in verdicts.errors if c == condition.name])
     errors = int(failed.isin(verdicts.correct.index).sum())
     cell = {"model": verdicts.model, "condition": condition.name}

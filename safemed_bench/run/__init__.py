@@ -13,7 +13,7 @@ import yaml
 
 from ..core.errors import IncompleteError, ModelError, SafeMedError, UsageError
 from ..core.journal import Journal, disk_full, full_message, read, to_line, write_atomic
-from . import artefacts
+from . import artefacts, partial
 from .devices import choose_devices
 from .engine import Event, LocalEngine
 from .messages import Done, Fatal, Job, ModelFailed, Note, Ready, Settings
@@ -81,6 +81,7 @@ def execute(
         dtype=plan.dtype,
         batch_size=None if size == "auto" else int(size),
         plugins=tuple(str(Path(plugin).resolve()) for plugin in plugins),
+        seed=run.seed,
     )
     with _disk_errors(output), Journal(output, resume=resume) as journal:
         work = Work(plan, journal, reporter or make_reporter(), retry_errors)
@@ -145,6 +146,7 @@ class Work:
         match event:
             case Done(job=job, records=records):
                 self.journal.append(records)
+                partial.discard(self.journal.folder, job)
                 self._settle(job, sum(bool(r.error) for r in records))
             case Ready(hardware=hardware):
                 run_file.met(hardware)

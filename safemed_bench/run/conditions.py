@@ -23,12 +23,15 @@ from ..core.seeds import derive_seed
 from ..core.types import Answer, Question, Record, ThreatModel, Unit
 from ..datasets.images import load_canvas
 from ..models.base import Batch, VisionLanguageModel
-from . import artefacts
+from . import artefacts, certificates
 from .batching import BatchSizer
 from .messages import Job, Settings
 
 BLANK_LEVEL = 128
 """`blank` shows a constant mid-grey image: no data set's black border, no dermoscopy white, just no picture."""
+
+JUDGE_DRAWS = 3
+"""Fresh draws behind the verdict on a randomised model's adversarial image."""
 
 NOT_JUDGED = "the saved image is not the one that was judged"
 
@@ -62,6 +65,8 @@ class Bench:
         return tuple(replace(records[i], seconds=seconds) for i in range(len(job.units)))
 
     def _measure(self, scene: Scene) -> list[Record]:
+        if scene.job.kind == "certify":
+            return certificates.measure(self.model, self.sizer, self.settings.folder, scene)
         return self._attack(scene) if scene.job.kind == "attack" else self._ask(scene)
 
     def _ask(self, scene: Scene) -> list[Record]:
@@ -69,10 +74,7 @@ class Bench:
         images = _show(scene)
         if scene.job.kind == "clean":
             return [scene.record(k, **_verdict(scene, k, a)) for k, a in enumerate(self.clean_answers(scene))]
-        answers: list[Answer] = []
-        self._batches(
-            scene, scene.job.kind, lambda batch, rows: answers.extend(self.model.answer(batch, batch.pixels)), images
-        )
+        answers = self._answers(scene, scene.job.kind, images)
         records = []
         for k, answer in enumerate(answers):
             values = _verdict(scene, k, answer)
@@ -113,6 +115,7 @@ class Bench:
         name = artefacts.artefact_name(job.cell, job.chunk, [u.key for u in scene.units])
         artefacts.save(folder, name, scene.canvas, adversarial, [q.id for q in scene.questions])
         deltas = artefacts.read(folder, name)
+        final = self._sentences(scene, adversarial, [result.answers[place] for result, place in results])
         records = []
         for k, (result, place) in enumerate(results):
             measured = artefacts.measure(scene.canvas[k], deltas[k], scene.threat)
@@ -120,7 +123,7 @@ class Bench:
             if problem := measured.problem or ("" if same else NOT_JUDGED):
                 records.append(scene.record(k, error=problem, artefact=f"{name}#{k}"))
                 continue
-            values = _verdict(scene, k, result.answers[place]) | _effort(result, place)
+            values = _verdict(scene, k, final[k]) | _effort(result, place)
             records.append(
                 scene.record(
                     k,
@@ -133,14 +136,38 @@ class Bench:
             )
         return records
 
+    def _sentences(self, scene: Scene, images: np.ndarray[Any, Any], answers: list[Answer]) -> list[Answer]:
+        """The attack's own verdicts or, of a randomised model, those of several fresh draws that it never saw."""
+        if not getattr(self.model, "randomised", False):
+            return answers
+        draws: list[list[Answer]] = []
+        for number in range(JUDGE_DRAWS):
+            stream = torch.Generator().manual_seed(derive_seed("judge", self.settings.seed, number))
+            draws.append(self._answers(scene, "judge", images, stream))
+        moved = [not np.array_equal(image, clean) for image, clean in zip(images, scene.canvas, strict=True)]
+        return [
+            majority([draw[k] for draw in draws], scene.questions[k].answer) if moved[k] else answers[k]
+            for k in range(len(answers))
+        ]
+
     def clean_answers(self, scene: Scene) -> list[Answer]:
         """The deployed path on the untouched images, computed once per set of questions."""
         asked = tuple(q.id for q in scene.questions)
         if asked not in self._clean:
-            answers: list[Answer] = []
-            self._batches(scene, "clean", lambda batch, rows: answers.extend(self.model.answer(batch, batch.pixels)))
-            self._clean[asked] = answers
+            self._clean[asked] = self._answers(scene, "clean", scene.canvas)
         return self._clean[asked]
+
+    def _answers(
+        self, scene: Scene, kind: str, images: np.ndarray[Any, np.dtype[np.uint8]], draws: torch.Generator | None = None
+    ) -> list[Answer]:
+        """The deployed path on `images`, one per question of the scene."""
+        answers: list[Answer] = []
+
+        def ask(batch: Batch, rows: Sequence[int]) -> None:
+            answers.extend(self.model.answer(batch, batch.pixels, generator=draws))
+
+        self._batches(scene, kind, ask, images)
+        return answers
 
     def _batches(
         self,
@@ -157,6 +184,12 @@ class Bench:
             work(self.model.prepare(questions, _tensor(shown[rows[0] : rows[-1] + 1])), rows)
 
         self.sizer.map(kind, range(len(scene.units)), one)
+
+
+def majority(draws: Sequence[Answer], target: int) -> Answer:
+    """The first of the answers that sides with most of them: right where more than half are."""
+    right = 2 * sum(answer.index == target for answer in draws) > len(draws)
+    return next(answer for answer in draws if (answer.index == target) == right)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class Settings:
     """What is the same for every job of a run.
 
     resolution: side of the square canvas in pixels, where the entry names no other. batch_size: questions per batch to
-    begin with, None = the chunk.
+    begin with, None = the chunk. seed: of the suite; a unit has its own.
     """
 
     folder: Path
@@ -23,14 +23,16 @@ class Settings:
     dtype: str
     batch_size: int | None
     plugins: tuple[str, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One chunk of one cell, or the part of it that is left after a failure.
 
-    model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise or attack. donors: for `shuffled`
-    the questions whose images are shown. chunk: the chunk's name within its cell. cost: estimated passes per question.
+    model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack or certify. donors: for
+    `shuffled` the questions whose images are shown. chunk: the chunk's name within its cell. cost: estimated passes per
+    question.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class Job:
     objective: str = ""
     params: tuple[tuple[str, Any], ...] = ()
     threat: ThreatModel | None = None
+    certifier: str = ""
     cost: float = 1.0
 
     def part(self, start: int, stop: int) -> Job:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.errors import UsageError
 from .messages import Job
 
 if TYPE_CHECKING:
-    from ..suite.plan import Chunk, Plan
+    from ..suite.plan import Chunk, Condition, Plan
 
 STEP_COST = 3.0
 """One step of an attack (forward and backward) in forward passes, for the ETA alone."""
 
-USUAL_STEPS = {"pgd": 20}
+USUAL_STEPS = {"pgd": 20, "smoothadv": 80, "eot": 80}
+USUAL_SAMPLES = 400
+"""What a sequential certificate takes."""
 
 
 def jobs_of(plan: Plan) -> tuple[Job, ...]:
@@ -43,12 +45,17 @@ def _job(plan: Plan, chunk: Chunk) -> Job:
         objective=condition.objective,
         params=condition.params,
         threat=condition.threat,
-        cost=_cost(condition.attack, dict(condition.params)),
+        certifier=condition.certifier,
+        cost=_cost(condition, cell.model.smooth.n if cell.model.smooth else 1),
     )
 
 
-def _cost(attack: str, params: dict[str, Any]) -> float:
-    """Estimated passes per question."""
-    if not attack:
-        return 1.0
-    return 1.0 + STEP_COST * params.get("steps", USUAL_STEPS.get(attack, 1)) * params.get("restarts", 1)
+def _cost(condition: Condition, votes: int) -> float:
+    """Estimated passes per question; `votes` is the number of noisy copies behind an answer."""
+    params = dict(condition.params)
+    if condition.kind == "certify":
+        return float(min(params.get("n", USUAL_SAMPLES), USUAL_SAMPLES))
+    if condition.kind != "attack":
+        return float(votes)
+    steps = params.get("steps", USUAL_STEPS.get(condition.attack, 1)) * params.get("restarts", 1)
+    return votes + STEP_COST * steps

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.journal import write_atomic
 from ..core.types import ThreatModel
+from ..suite.plan import asked
 
 if TYPE_CHECKING:
-    from ..suite.plan import Plan
+    from ..suite.plan import Cell, Plan
 
 RUN = "run.json"
 PACKAGES = ("safemed-bench", "torch", "transformers", "numpy", "pillow", "tokenizers", "safetensors", "accelerate")
@@ -66,8 +67,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "stamp": dataset.stamp},
         "notices": list(plan.notes),
         "headline": ThreatModel(suite.threat.norm, headline).label if headline is not None else None,
-        "models": [card.to_dict() for card in plan.cards],
-        "cells": [{"model": cell.model.name, "condition": cell.condition.name} for cell in plan.cells],
+        "models": [card.to_dict() | _smooth(plan, card.name) for card in plan.cards],
+        "cells": [_cell(cell, plan) for cell in plan.cells],
         "questions": [
             {
                 "id": q.id,
@@ -80,6 +81,24 @@ def describe(plan: Plan) -> dict[str, Any]:
             for q in dataset.questions
         ],
     }
+
+
+def _smooth(plan: Plan, name: str) -> dict[str, Any]:
+    found = next((m.smooth for m in plan.suite.models if m.name == name), None)
+    return {"smooth": found.model_dump()} if found else {}
+
+
+def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
+    """`questions` only where not all are asked. Certificates name certifier, parameters and `values`, d = 3 H W."""
+    described: dict[str, Any] = {"model": cell.model.name, "condition": cell.condition.name}
+    if cell.condition.certifier:
+        side = cell.model.resolution or plan.suite.data.resolution
+        facts = {"name": cell.condition.certifier, "values": 3 * side * side}
+        described["certifier"] = facts | dict(cell.condition.params)
+    chosen = asked(plan.dataset.questions, cell.condition)
+    if len(chosen) < len(plan.dataset.questions):
+        described["questions"] = [question.id for question in chosen]
+    return described
 
 
 def environment() -> dict[str, Any]:

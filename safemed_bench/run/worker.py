@@ -115,6 +115,8 @@ class Worker:
         side = job.model.resolution or self.settings.resolution
         model = load_model(job.model, side, device=self.device, dtype=self.settings.dtype)
         sizer = BatchSizer(self.settings.batch_size, self._forget, lambda text: self.pipe.send(Note(text)))
+        if job.model.smooth is not None:
+            model.in_batches = sizer.map  # type: ignore[attr-defined]
         self._held = (job.model, Bench(model, self.settings, sizer))
         return self._held[1]
 

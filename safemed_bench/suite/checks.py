@@ -110,13 +110,15 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
     if message := _phantom_problem(suite.data.phantom):
         yield problem(("data", "phantom"), message)
     for i, model in enumerate(suite.models):
-        if model.path is None and model.name not in registry.models:
-            more = "" if "/" not in model.name else " A folder or hub id is written as `path`."
-            yield problem(("models", i, "name"), _unknown("model", model.name, [*registry.models]) + more)
+        if model.path is None and (entry := model.entry or model.name) not in registry.models:
+            more = "" if "/" not in entry else " A folder or hub id is written as `path`."
+            named = "entry" if model.entry else "name"
+            yield problem(("models", i, named), _unknown("model", entry, [*registry.models]) + more)
         if model.prompt is not None and model.prompt not in PROMPTS:
             yield problem(("models", i, "prompt"), _unknown("prompt", model.prompt, [*PROMPTS]))
     for i, condition in enumerate(suite.conditions):
-        for key, message in _attack_problems(condition):
+        found = (*_scope_problems(condition, suite), *_attack_problems(condition), *_certify_problems(condition, suite))
+        for key, message in found:
             yield problem(("conditions", i, *key), message)
 
 
@@ -152,6 +154,41 @@ def _attack_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
         for j, name in enumerate(condition.objectives):
             if name not in registry.objectives:
                 yield ("objectives", j), _unknown("objective", name, [*registry.objectives])
+
+
+def _scope_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
+    names = [model.name for model in suite.models]
+    for j, name in enumerate(condition.models or ()):
+        if name not in names:
+            yield ("models", j), f"'{name}' is not an entry of this suite.{did_you_mean(name, names)}"
+
+
+def _certify_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
+    """An unknown certifier or parameter, no sigma or two, and what the certifier itself refuses."""
+    from ..certify import build_certifier
+    from ..core import registry
+
+    if condition.certify is None:
+        return
+    if condition.certify not in registry.certifiers:
+        yield ("certify",), _unknown("certifier", condition.certify, [*registry.certifiers])
+        return
+    sigmas = set()
+    for model in filter(lambda m: condition.is_for(m.name), suite.models):
+        own = model.smooth.sigma if model.smooth else None
+        if own is None and condition.sigma is None:
+            yield ("certify",), f"needs `sigma`, for entry '{model.name}' is not smoothed and brings none of its own"
+            return
+        if own is not None and condition.sigma not in (None, own):
+            yield ("sigma",), f"entry '{model.name}' is smoothed with sigma {own:g}; leave `sigma` out"
+            return
+        sigmas.add(condition.sigma or own)
+    for sigma in sorted(filter(None, sigmas)):
+        try:
+            build_certifier(condition.certify, condition.parameters | {"sigma": sigma})
+        except UsageError as error:
+            yield ("certify",), str(error)
+            return
 
 
 def _unknown(kind: str, name: str, known: Sequence[str]) -> str:

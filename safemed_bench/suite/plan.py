@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..attacks import CODE_VERSION as ATTACK_VERSION
 from ..attacks import applies, standard_objectives
+from ..certify import CODE_VERSION as CERTIFY_VERSION
 from ..core import registry
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ..datasets.base import Dataset
     from ..models.card import ModelCard
 
-Kind = Literal["clean", "blank", "shuffled", "noise", "attack"]
+Kind = Literal["clean", "blank", "shuffled", "noise", "attack", "certify"]
 
 CODE_VERSIONS: Mapping[str, int] = {
     "canvas": 1,
@@ -31,6 +33,8 @@ CODE_VERSIONS: Mapping[str, int] = {
     "shuffled": 1,
     "noise": 1,
     "attack": ATTACK_VERSION,
+    "certify": CERTIFY_VERSION,
+    "smooth": 1,
 }
 """Versions of the code behind a record. Raise one whenever a change to that part can change a record."""
 
@@ -40,6 +44,7 @@ class Condition:
     """What is done to the image before a question is asked; `name` is how tables and records call it.
 
     attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name.
+    certifier, params: for kind "certify". per_modality: at most so many of the suite's questions; None is all.
     """
 
     kind: Kind
@@ -48,6 +53,8 @@ class Condition:
     objective: str = ""
     params: tuple[tuple[str, Any], ...] = ()
     threat: ThreatModel | None = None
+    certifier: str = ""
+    per_modality: int | None = None
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -139,7 +146,7 @@ def build_plan(
     for model, card in zip(suite.models, cards, strict=True):
         if card is None:
             continue
-        for condition in conditions_for(suite, card, said):
+        for condition in conditions_for(suite, card, said, model):
             cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
     if twice := _repeated(cell.name for cell in cells):
         raise UsageError(f"the suite gives two cells the name {twice}; give one condition another `name`")
@@ -149,16 +156,31 @@ def build_plan(
     return Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
 
 
-def conditions_for(suite: Suite, card: ModelCard, notes: list[str] | None = None) -> Iterator[Condition]:
+def conditions_for(
+    suite: Suite, card: ModelCard, notes: list[str] | None = None, model: ModelSpec | None = None
+) -> Iterator[Condition]:
     """The suite's conditions for one entry, in the suite's order; what does not apply to it goes into `notes`."""
     for spec in suite.conditions:
-        if spec.kind == "noise":
+        if not spec.is_for(card.name):
+            continue
+        if spec.kind == "certify":
+            yield _certificate(spec, model)
+        elif spec.kind == "noise":
             for threat in suite.threat.models:
                 yield Condition("noise", f"noise@{threat.label}", threat=threat)
         elif spec.kind == "attack":
             yield from _attacks(suite, spec, card, notes if notes is not None else [])
         else:
             yield Condition(spec.kind, spec.label)
+
+
+def _certificate(spec: ConditionSpec, model: ModelSpec | None) -> Condition:
+    """A smoothed entry brings its own sigma; the suite's checks have seen to it that there is one."""
+    smooth = model.smooth if model else None
+    parameters = ({"sigma": smooth.sigma} if smooth else {}) | spec.parameters
+    name = spec.certificate_label(parameters.get("sigma", 0))
+    params = tuple(sorted(parameters.items()))
+    return Condition("certify", name, params=params, certifier=spec.certify or "", per_modality=spec.per_modality)
 
 
 def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str]) -> Iterator[Condition]:
@@ -185,12 +207,25 @@ def _chunks(
     by_id = {question.id: question for question in questions}
     shared = _cell_identity(cell, suite, dtype)
     units = []
-    for question in questions:
+    for question in asked(questions, cell.condition):
         donor = by_id[donors[question.id]] if cell.condition.kind == "shuffled" else None
         units.append(_unit(cell, shared, suite.run.seed, question, donor))
     size = suite.run.chunk
     for index, start in enumerate(range(0, len(units), size)):
         yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[start : start + size]))
+
+
+def asked(questions: Sequence[Question], condition: Condition) -> Sequence[Question]:
+    """The questions of one condition: all, or the first of each modality, in the data set's order (types are mixed)."""
+    if condition.per_modality is None:
+        return questions
+    seen: Counter[str] = Counter()
+    kept = []
+    for question in questions:
+        seen[question.modality] += 1
+        if seen[question.modality] <= condition.per_modality:
+            kept.append(question)
+    return kept
 
 
 def _unit(cell: Cell, shared: object, seed: int, question: Question, donor: Question | None) -> PlannedUnit:
@@ -213,15 +248,21 @@ def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
         card.max_new_tokens,
         own if own not in (None, "auto") else dtype,
     ]
+    if smooth := cell.model.smooth:
+        model += ["smooth", CODE_VERSIONS["smooth"], smooth.sigma, smooth.n, smooth.alpha]
     threat = condition.threat
     attack = [condition.kind, condition.attack, condition.objective, condition.params]
+    attack += [condition.certifier] if condition.certifier else []
     ball = [threat.norm, threat.eps, threat.bounds] if threat else []
     side = cell.model.resolution or data.resolution
     return [cell.name, model, attack, ball, side, data.fit, condition.versions, *_plugin_sources(condition)]
 
 
 def _plugin_sources(condition: Condition) -> list[str]:
-    """Hashes of the attack's and the objective's code where these are plugins, which CODE_VERSIONS knows nothing of."""
+    """Hashes of attack, objective or certifier where these are plugins, which CODE_VERSIONS knows nothing of."""
+    if condition.certifier:
+        source = registry.certifiers.source(condition.certifier)
+        return [source] if source else []
     if not condition.attack:
         return []
     sources = [registry.attacks.source(condition.attack), registry.objectives.source(condition.objective)]

@@ -8,9 +8,31 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from ..core.errors import did_you_mean
 from ..core.types import ThreatModel, format_eps
-from .values import Count, CountOrAll, CountOrAuto, Dtype, Eps, Number, Text, Whole, check_scale, parse_number
+from .values import (
+    Count,
+    CountOrAll,
+    CountOrAuto,
+    Dtype,
+    Eps,
+    Number,
+    Text,
+    Whole,
+    check_scale,
+    check_sigma,
+    parse_number,
+)
 
 PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
+PARAMETERS_OF = {
+    "attack": ("steps", "restarts", "step_size", "rel_step"),
+    "certify": ("sigma", "radii", "n", "n0", "alpha"),
+}
+"""Keys of a condition that are handed on by name."""
+
+KEYS_OF = {
+    "attack": ("attack", "name", "objectives", "at", "params", *PARAMETERS_OF["attack"]),
+    "certify": ("certify", "name", "per_modality", "params", *PARAMETERS_OF["certify"]),
+}
 FILTER_KEYS = ("modality", "question_type", "source")
 
 
@@ -114,10 +136,26 @@ class ThreatSpec(_Part):
         return tuple(ThreatModel(self.norm, eps) for eps in self.eps)
 
 
+class SmoothSpec(_Part):
+    """An entry deployed as its smoothed version: the majority of its answers on noisy copies (Cohen, 1902.02918)."""
+
+    sigma: Number = Field(gt=0, description="Standard deviation of the Gaussian noise, on the [0, 1] pixel scale.")
+    n: Count = Field(default=100, description="Noisy copies behind each answer.")
+    alpha: Number = Field(
+        default=0.001, gt=0, lt=1, description="It abstains where the two leading answers could be equally likely."
+    )
+
+    @field_validator("sigma")
+    @classmethod
+    def _on_the_pixel_scale(cls, value: float) -> float:
+        return check_sigma(value)
+
+
 class ModelSpec(_Part):
     """An entry under test; None is the entry's own default."""
 
-    name: Text = Field(description="Registered entry, or the name to show where `path` is given.")
+    name: Text = Field(description="Registered entry, or the name to show where `entry` or `path` is given.")
+    entry: Text | None = Field(default=None, description="Registered entry, where it is to be shown by another name.")
     path: Text | None = Field(default=None, description="Folder or Hugging Face hub id; None is the registered entry.")
     revision: Text | None = Field(default=None, description="Hub revision: branch, tag or commit.")
     prompt: Text | None = Field(default=None, description="Prompt template by name, e.g. instruct or think.")
@@ -130,6 +168,9 @@ class ModelSpec(_Part):
         default=None, description="Side of this entry's canvas, pixels; None is data.resolution."
     )
     adapter: Text | None = Field(default=None, description="Folder of a PEFT adapter to load on top.")
+    smooth: SmoothSpec | None = Field(
+        default=None, description="Show the smoothed version: {sigma, n, alpha}; None is the entry as it is."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -142,18 +183,28 @@ class ModelSpec(_Part):
             raise ValueError("a model is a name, or a mapping with `name` and `path`")
         return value
 
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        if self.entry is not None and self.path is not None:
+            raise ValueError("`entry` names a registered entry, `path` a folder; give one of them")
+        return self
+
     @property
     def label(self) -> str:
         return self.name
 
 
 class ConditionSpec(_Part):
-    """A word (clean, blank, shuffled, noise), or a mapping with `attack`."""
+    """A word (clean, blank, shuffled, noise), or a mapping with `attack` or `certify`."""
 
-    unknown_key_hint: ClassVar[str] = " Further parameters of an attack stand under `params`."
+    unknown_key_hint: ClassVar[str] = " Further parameters of an attack or certifier stand under `params`."
 
-    kind: Literal["clean", "blank", "shuffled", "noise", "attack"] = Field(description="What is done to the image.")
+    kind: Literal["clean", "blank", "shuffled", "noise", "attack", "certify"] = Field(
+        description="What is done to the image."
+    )
+    models: tuple[Text, ...] | None = Field(default=None, description="Entries it is for, by name; None is all.")
     attack: Text | None = Field(default=None, description="Registered attack.")
+    certify: Text | None = Field(default=None, description="Registered certifier.")
     name: Text | None = Field(
         default=None, description="Name in tables, by default the attack's; tells two settings apart."
     )
@@ -169,7 +220,28 @@ class ConditionSpec(_Part):
     restarts: Count | None = Field(default=None, description="Random starts; later ones on survivors only.")
     step_size: Number | None = Field(default=None, gt=0, description="Step length on the [0, 1] pixel scale.")
     rel_step: Number | None = Field(default=None, gt=0, description="Step length as a part of eps.")
-    params: dict[str, Any] = Field(default_factory=dict, description="Further parameters of the attack, by name.")
+    sigma: Number | None = Field(
+        default=None,
+        gt=0,
+        description="Certifier: standard deviation of the noise, [0, 1] pixel scale; None is that of a smoothed entry.",
+    )
+    radii: tuple[Number, ...] | None = Field(
+        default=None, description="Certifier: L2 radii to decide, on the [0, 1] pixel scale."
+    )
+    n: Count | None = Field(default=None, description="Certifier: test samples, or the most of them.")
+    n0: Count | None = Field(default=None, description="Certifier: samples that select the answer to be tested.")
+    alpha: Number | None = Field(
+        default=None, gt=0, lt=1, description="Certifier: probability that a certificate is wrong."
+    )
+    per_modality: Count | None = Field(
+        default=None, description="Certifier: at most so many of the questions per modality; None is all of them."
+    )
+    params: dict[str, Any] = Field(default_factory=dict, description="Further parameters, by name.")
+
+    @field_validator("sigma")
+    @classmethod
+    def _on_the_pixel_scale(cls, value: float | None) -> float | None:
+        return value if value is None else check_sigma(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -180,9 +252,10 @@ class ConditionSpec(_Part):
                 raise ValueError(f"unknown condition '{value}'.{close} Attacks are written `- attack: {value}`.")
             return {"kind": value}
         if isinstance(value, dict) and "kind" not in value:
-            if "attack" not in value:
-                raise ValueError("a condition is a word, or a mapping with `attack`: the attack's name")
-            return {"kind": "attack", **value}
+            found = [key for key in ("attack", "certify") if key in value]
+            if not found:
+                raise ValueError("a condition is a word, or a mapping with `attack` or `certify`: the name of one")
+            return {"kind": found[0], **value}
         return value
 
     @field_validator("objectives", mode="before")
@@ -197,27 +270,39 @@ class ConditionSpec(_Part):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> ConditionSpec:
-        if (self.kind == "attack") != (self.attack is not None):
-            raise ValueError("`attack` names the attack of a condition of kind attack, and of no other")
-        if self.kind != "attack" and (extra := self.model_fields_set - {"kind"}):
+        for kind in ("attack", "certify"):
+            if (self.kind == kind) != (getattr(self, kind) is not None):
+                raise ValueError(f"`{kind}` belongs to a condition of kind {kind}, and to no other")
+        allowed = {"kind", "models", *KEYS_OF.get(self.kind, ())}
+        if extra := self.model_fields_set - allowed:
             raise ValueError(f"{self.kind} takes no {', '.join(sorted(extra))}")
-        if twice := {"steps", "restarts", "step_size", "rel_step"} & set(self.params):
-            raise ValueError(f"{', '.join(sorted(twice))} stands beside `attack`, not under params")
+        if twice := set(PARAMETERS_OF.get(self.kind, ())) & set(self.params):
+            raise ValueError(f"{', '.join(sorted(twice))} stands beside `{self.kind}`, not under params")
         return self
 
     def at_eps(self, headline: bool) -> bool:
         """Whether the attack is made at the headline eps, or at another one."""
         return self.at == "all" or (self.at == "headline") == headline
 
+    def is_for(self, model: str) -> bool:
+        """Whether the entry of this name is measured under it."""
+        return self.models is None or model in self.models
+
     @property
     def label(self) -> str:
-        """What conditions are named by: the kind, or the attack's name."""
+        """What conditions are named by: the kind, or the attack's name; a certifier's has its sigma."""
+        if self.kind == "certify":
+            return self.certificate_label(self.sigma or 0)
         return self.name or self.attack or self.kind
+
+    def certificate_label(self, sigma: float) -> str:
+        """`certify[sigma=0.25]`; with a name of its own `certify[name sigma=0.25]`."""
+        return f"certify[{f'{self.name} ' if self.name else ''}sigma={sigma:g}]"
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Everything the attack is built with."""
-        named = {k: getattr(self, k) for k in ("steps", "restarts", "step_size", "rel_step")}
+        """Everything the attack or the certifier is built with."""
+        named = {k: getattr(self, k) for k in PARAMETERS_OF.get(self.kind, ())}
         return {k: v for k, v in named.items() if v is not None} | dict(self.params)
 
 
@@ -273,12 +358,15 @@ class Suite(_Part):
         conditions: list[Any] = []
         for spec in self.conditions:
             given = spec.model_dump(mode="json", exclude_none=True, exclude={"kind"}, exclude_defaults=True)
-            conditions.append(given if spec.kind == "attack" else spec.kind)
+            conditions.append(given if spec.kind in KEYS_OF else given | {"kind": spec.kind} if given else spec.kind)
         return plain | {"conditions": conditions}
 
 
 def _apart(one: Any, other: Any) -> bool:
-    """Whether two attacks of one name are never made at the same eps."""
+    """Whether two attacks of one name never meet: not at the same eps, or not on the same entry."""
+    ours, theirs = getattr(one, "models", None), getattr(other, "models", None)
+    if ours is not None and theirs is not None and not {*ours} & {*theirs}:
+        return True
     return {getattr(one, "at", "all"), getattr(other, "at", "all")} == {"headline", "other"}
 
 

@@ -31,6 +31,13 @@ def check_scale(norm: str | None, eps: float) -> None:
         raise ValueError(f"{eps:g} is above 1: eps is on the [0, 1] pixel scale. Did you mean {eps:g}/255?")
 
 
+def check_sigma(sigma: float) -> float:
+    """`sigma`; ValueError where it cannot be meant on the [0, 1] pixel scale."""
+    if sigma > 4:
+        raise ValueError(f"{sigma:g} is far above 1: sigma is on the [0, 1] pixel scale. Did you mean {sigma:g}/255?")
+    return sigma
+
+
 def parse_whole(value: Any) -> int:
     """An integer; text of digits is taken, as environment variables hold nothing else."""
     if isinstance(value, str) and value.strip().lstrip("-").isdigit():

@@ -151,7 +151,6 @@ class FeatureDistance(Prepared):
     vlm: HuggingFaceVLM
     prompts: dict[str, Tensor]
     clean: Tensor
-    noise: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -171,16 +170,21 @@ class FeatureDistance(Prepared):
 
 @dataclass(frozen=True)
 class Noised(Prepared):
-    """Another objective, seen through noise; it goes on last and is not clamped, as when certified (1902.02918)."""
+    """Another objective, seen through noise."""
 
     inner: Prepared
     noise: Tensor
 
     def __call__(self, pixels: Tensor) -> Reading:
-        return self.inner(pixels + self.noise)
+        return self.inner(noised(pixels, self.noise))
 
     def select(self, rows: Tensor) -> Noised:
         return Noised(self.inner.select(rows), self.noise[rows])
+
+
+def noised(pixels: Tensor, noise: Tensor | None) -> Tensor:
+    """The image behind noise, which comes last, after any attack. Clamped, for a processor is given 8-bit images."""
+    return pixels if noise is None else (pixels + noise).clamp(0, 1)
 
 
 def _hidden_states(vlm: HuggingFaceVLM, prompts: dict[str, Tensor], pixels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..core.types import Question
 from ..models.answers import extract
 from ..models.huggingface import HuggingFaceVLM
 from ..models.prompts import Prompt
+from .adversary import noised
 from .data import Corpus, shuffled_options
 from .rewards import total
 from .rollout import Rollouts
@@ -37,7 +38,7 @@ class Prompts:
 
     def seen(self, view: str) -> Tensor:
         """The images of a view as the model gets them, noise included."""
-        return self.images[view] if self.noise is None else self.images[view] + self.noise
+        return noised(self.images[view], self.noise)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attacks.base import Prepared
 from ..core.seeds import derive_seed
 from ..models.huggingface import HuggingFaceVLM
-from .adversary import Curriculum, Noised, TaughtReply, gaussian, generators, perturb
+from .adversary import Curriculum, Noised, TaughtReply, gaussian, generators, noised, perturb
 from .config import TaskConfig, TrainConfig
 from .data import Corpus, augmented, shuffled_options
 from .stage import Learner, Step
@@ -101,7 +101,7 @@ class SFT:
             pixels = clean.index_add(0, rows.to(clean.device), found.delta)
             dead = float((found.dead > 0).float().mean()) if len(rows) else 0.0
             noted = {"attack/eps": eps, "attack/dead_gradients": dead}
-        return pixels if noise is None else pixels + noise, noted
+        return noised(pixels, noise), noted
 
     def state_dict(self) -> dict[str, Any]:
         return {"curriculum": self.curriculum.state_dict()} if self.curriculum else {}

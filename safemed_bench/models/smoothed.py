@@ -1,0 +1,123 @@
+"""Any entry as its smoothed version: the majority of its answers on noisy copies, or no answer at all.
+
+PREDICT of Cohen, Rosenfeld, Kolter 2019 (1902.02918), algorithm 1. What is climbed by an attack is the entry itself;
+smoothing-aware attacks (attacks/smoothadv.py) add the noise on their side.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from ..certify.base import INVALID, noise
+from ..core.seeds import derive_seed
+from ..core.types import Answer, Question
+from .base import Batch, Decode, Text, VisionLanguageModel
+
+AT_ONCE = 64
+"""Noisy copies in one batch, where nobody measures what memory allows."""
+
+InBatches = Callable[[str, Sequence[int], Callable[[Sequence[int]], None]], None]
+
+
+def labels(model: VisionLanguageModel, batch: Batch, pixels: Tensor) -> list[int]:
+    """(B,) what the deployed path answers, INVALID where it names no option.
+
+    pixels: (B, 3, H, W), also outside [0, 1]: an 8-bit image ends at both. A model that has `verdicts` is spared the
+    scores that nobody reads here.
+    """
+    short = getattr(model, "verdicts", None)
+    found = short(batch, pixels) if short else [answer.index for answer in model.answer(batch, pixels)]
+    return [INVALID if index is None else index for index in found]
+
+
+def _in_batches(kind: str, items: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
+    for start in range(0, len(items), AT_ONCE):
+        work(items[start : start + AT_ONCE])
+
+
+class Smoothed:
+    """Implements models.base.VisionLanguageModel; everything but `answer` is the entry's own.
+
+    sigma: of the Gaussian noise, [0, 1] pixel scale. n: noisy copies behind an answer. alpha: it abstains unless the
+    leading answer beats the second with this confidence (two-sided binomial test). in_batches: runs work over copies
+    in batches that fit into memory.
+    """
+
+    randomised = True
+
+    def __init__(self, base: VisionLanguageModel, sigma: float, n: int = 100, alpha: float = 0.001) -> None:
+        self.base, self.sigma, self.n, self.alpha = base, sigma, n, alpha
+        self.name, self.reasons, self.resolution, self.device = base.name, base.reasons, base.resolution, base.device
+        self.decode: Decode = base.decode
+        self.fingerprint = f"{base.fingerprint}-smoothed-{sigma:g}-{n}-{alpha:g}"
+        self.in_batches: InBatches = _in_batches
+
+    def prepare(self, questions: Sequence[Question], canvas: Tensor) -> Batch:
+        return self.base.prepare(questions, canvas)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return self.base.encode(text)
+
+    def decode_text(self, tokens: Sequence[int]) -> str:
+        return self.base.decode_text(tokens)
+
+    def answer_prefix(self, rationale: str | None = None) -> str:
+        return self.base.answer_prefix(rationale)
+
+    def next_token_logits(self, batch: Batch, pixels: Tensor, text: Sequence[Text], candidates: Tensor) -> Tensor:
+        return self.base.next_token_logits(batch, pixels, text, candidates)
+
+    def option_logits(self, batch: Batch, pixels: Tensor, text: Sequence[Text] | None = None) -> Tensor:
+        return self.base.option_logits(batch, pixels, text)
+
+    def token_loss(
+        self, batch: Batch, pixels: Tensor, text: Sequence[Text], weights: Sequence[Sequence[float]] | None = None
+    ) -> Tensor:
+        return self.base.token_loss(batch, pixels, text, weights)
+
+    def self_check(self, batch: Batch) -> dict[str, Any]:
+        return self.base.self_check(batch)
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, pixels: Tensor, *, generator: torch.Generator | None = None) -> list[Answer]:
+        """The majority's answer with status "abstain" where it is not clear, "invalid" where no option wins.
+
+        The noise depends on the generator's initial seed (none: the deployed stream) and the question, not on the
+        batch. text: that of the first copy that answered like the majority. option_logprobs: log of the mean
+        probability over the copies.
+        """
+        seed = 0 if generator is None else generator.initial_seed()
+        images = (pixels.detach() * 255).round().clamp(0, 255) / 255
+        return [
+            self._elected(batch.select([i]), images[i], derive_seed(seed, "smoothed", question.id))
+            for i, question in enumerate(batch.questions)
+        ]
+
+    def _elected(self, one: Batch, image: Tensor, seed: int) -> Answer:
+        votes: list[Answer] = []
+
+        def ask(copies: Sequence[int]) -> None:
+            noisy = image + self.sigma * noise(image, seed, "vote", copies[0], len(copies))
+            votes.extend(self.base.answer(one.repeat(len(copies)), noisy))
+
+        self.in_batches("votes", range(self.n), ask)
+        return elect(votes, self.alpha)
+
+
+def elect(votes: Sequence[Answer], alpha: float) -> Answer:
+    """The answer of the smoothed model, from its copies' answers."""
+    counts = Counter(INVALID if vote.index is None else vote.index for vote in votes)
+    (winner, most), second = counts.most_common(1)[0], sum(n for _, n in counts.most_common(2)[1:])
+    first = next(vote for vote in votes if (INVALID if vote.index is None else vote.index) == winner)
+    mean = torch.tensor([vote.option_logprobs for vote in votes], dtype=torch.float64).exp().mean(0).log()
+    shown = replace(first, option_logprobs=tuple(mean.tolist()))
+    if binomtest(most, most + second, 0.5).pvalue > alpha:
+        return replace(shown, index=None, status="abstain")
+    return shown
