@@ -48,6 +48,8 @@ def cell_parts(estimate: Estimate | None, column: Column, n: int | None = None) 
         return f"{estimate.n}", ""
     if not estimate.n:
         return "missing", ""
+    if column.style == "number":
+        return f"{estimate.value:.3g}" if estimate.value < 1000 else f"{estimate.value:,.0f}", ""
     sign = "+" if column.style == "points" else ""
     value = f"{100 * estimate.value:{sign}.1f}"
     if column.style == "bare":

@@ -5,8 +5,9 @@ tables of question x condition. Aggregates over attacks are more columns of the 
 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
 (a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons, smooth}]; `cells`
-[{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id, modality, question_type, image_sha256, n_options, text_prior}] in the plan's
-order (without them a question is known to be missing only where another cell has it); `provenance` (copied into the
+[{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id, modality, question_type,
+image_sha256, n_options, text_prior}] in the plan's order (without them a question is known to be missing only where
+another cell has it); `provenance` (copied into the
 summary).
 """
 

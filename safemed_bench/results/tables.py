@@ -19,8 +19,9 @@ from ..core.types import Estimate
 from .frames import Condition
 
 ALL = "all"
-Style = Literal["percent", "points", "bare", "count"]
-"""percent: `95.0 [91.1, 97.3]`; points: the same with a sign; bare: percent without interval; count: n alone."""
+Style = Literal["percent", "points", "bare", "count", "number"]
+"""percent: `95.0 [91.1, 97.3]`; points: the same with a sign; bare: percent without interval; count: n alone; number:
+three significant digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,9 @@ class Numbers:
             (r["model"], r["condition"], r["metric"], r["modality"]): estimate_of(r) for r in summary["estimates"]
         }
         names = dict.fromkeys(r["condition"] for r in summary["estimates"])
-        self.conditions = [Condition.parse(name) for name in names]
+        parsed = [Condition.parse(name) for name in names]
+        self.conditions = [c for c in parsed if c.kind not in ("certify", "certified")]
+        self.certificates = [c for c in parsed if c.kind == "certified"]
         worst = f"worst@{self.headline}"
         self.robust: str | None = worst if worst in names else None
 
@@ -102,7 +105,8 @@ def _eps(condition: Condition) -> float:
 def build(summary: Mapping[str, Any]) -> list[Table]:
     """All tables that the run has numbers for."""
     numbers = Numbers(summary)
-    return [t for t in (overall(numbers), modalities(numbers), objectives(numbers), validity(numbers)) if t.rows]
+    made = (overall, modalities, certified, objectives, validity)
+    return [table for table in (make(numbers) for make in made) if table.rows]
 
 
 def write(summary: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -199,6 +203,42 @@ def objectives(numbers: Numbers) -> Table:
     columns = [*map(Column, names), Column("weakest alone"), Column("worst of all")]
     title = f"Accuracy under attack at {numbers.headline} by the attack's objective, %"
     return _table(numbers, "objectives", title, ("model", "attack"), columns, rows)
+
+
+def certified(numbers: Numbers) -> Table:
+    """Accuracy that is proven inside an L2 ball, per model and modality; never beside an empirical L∞ number."""
+    radii = sorted(numbers.certificates, key=lambda c: (c.objective or "", _eps(c)))
+    rows = []
+    for model in numbers.models:
+        for modality in numbers.modalities(model):
+            found = [[numbers.get(model, c.name, metric, modality) for c in radii] for metric in _CERTIFIED]
+            if any(found[0]):
+                facts = [next(filter(None, cells), None) for cells in found[2:]]
+                rows.append(Row((model, modality), (facts[0], *found[0], *found[1], *facts)))
+    proven = [Column(f"certified {_ball(numbers, c)}") for c in radii]
+    abstained = [Column(f"abstain {_ball(numbers, c)}", "bare") for c in radii]
+    numbers_ = [Column("ACR", "number"), Column("samples, mean", "number"), Column("samples, median", "number")]
+    title = "Certified accuracy by L2 radius (in brackets its L∞ equivalent R/√d), %"
+    return _table(
+        numbers,
+        "certified",
+        title,
+        ("model", "modality"),
+        [Column("n", "count"), *proven, *abstained, *numbers_],
+        rows,
+    )
+
+
+_CERTIFIED = ("certified_accuracy", "abstain_rate", "acr", "samples", "samples_median")
+
+
+def _ball(numbers: Numbers, condition: Condition) -> str:
+    """`L2 0.25 (0.58/255)`, with the sigma where there are several."""
+    cells = (numbers.get(model, condition.name, "linf_equivalent") for model in numbers.models)
+    same = next(filter(None, cells), None)
+    inside = f" ({same.value * 255:.2g}/255)" if same else ""
+    which = f" {condition.objective}" if condition.objective else ""
+    return f"L2 {_eps(condition):g}{inside}{which}"
 
 
 def validity(numbers: Numbers) -> Table:

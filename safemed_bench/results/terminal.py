@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from .formats import texts
-from .tables import ALL, Numbers, Table, condition_label, modalities, objectives, overall
+from .tables import ALL, Numbers, Row, Table, certified, condition_label, modalities, objectives, overall
 
 WIDTH = 100
 GAP = 2
@@ -53,9 +53,15 @@ def blocks(summary: Mapping[str, Any]) -> Iterator[Block]:
     numbers = Numbers(summary)
     yield from _side_by_side(overall(numbers))
     yield from _per_model(modalities(numbers), numbers)
-    table = objectives(numbers)
-    if table.rows:
-        yield from _side_by_side(table)
+    for table in (_whole(certified(numbers)), objectives(numbers)):
+        if table.rows:
+            yield from _side_by_side(table)
+
+
+def _whole(table: Table) -> Table:
+    """Only the rows over all modalities; the files have the others."""
+    rows = tuple(Row(row.keys[:1], row.cells) for row in table.rows if row.keys[1] == ALL)
+    return replace(table, keys=table.keys[:1], rows=rows)
 
 
 def _side_by_side(table: Table) -> Iterator[Block]:
