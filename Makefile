@@ -12,8 +12,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-ENTRIES := base sft instruct cot warm safemed-r1
-STAGES := base sft instruct cot warm safemed_r1
+ENTRIES := base sft instruct cot warm safemed-r1 safemed-r1-smooth
+STAGES := base sft instruct cot warm safemed_r1 safemed_r1_smooth
 CONTROLS := at_sft grpo safemed_r1_instruct
 ZOO := safemed_bench/models/zoo
 

@@ -143,7 +143,7 @@ def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_records_of_older_versions_with_unknown_fields_are_read(tmp_path: Path) -> None:
-    line = json.dumps(record("a").to_dict() | {"radius": 0.5}) + "\n"
+    line = json.dumps(record("a").to_dict() | {"phase": 0.5}) + "\n"
     (tmp_path / "journal.jsonl").write_text(line)
     assert read(tmp_path).records["a"] == record("a")
 

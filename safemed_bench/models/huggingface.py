@@ -10,23 +10,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
 
-from ..core.errors import ModelError
 from ..core.types import Answer, Question
 from .answers import extract, fork, split_at_letter
 from .attention import use_packed_vision_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
 from .chat import ChatFormat
+from .loading import end_ids, load_weights, unwrapped
 from .pixels import PixelMap, image_processor_call
-from .processors import LOAD_ERRORS, load_processor
+from .processors import load_processor
 from .prompts import get_prompt
 from .selfcheck import probe_batch, self_check
 
@@ -55,9 +53,9 @@ class HuggingFaceVLM:
         self.pixel_map = PixelMap.probe(self._process, resolution).to(self.device)
         self.chat = ChatFormat(processor, resolution)
         self._mrope: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
-        self._head_on_slice = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
+        self._head_on_slice = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
         self._fork = lru_cache(maxsize=4096)(partial(fork, self.encode))
-        self.end_ids = _end_ids(model, self.tokenizer)
+        self.end_ids = end_ids(model, self.tokenizer)
         use_packed_vision_attention(model)
         _use_linear_patches(model)
 
@@ -69,20 +67,7 @@ class HuggingFaceVLM:
 
         Raises ModelError where files are missing or broken, or where the probe refuses the processor.
         """
-        wanted = _dtype(dtype, device)
-        if wanted == torch.float32:
-            torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in patch convolutions too
-        try:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(card.path, dtype=wanted, output_loading_info=True)
-        except LOAD_ERRORS as error:
-            reason = " ".join(str(error).split())[:400]
-            raise ModelError(f"cannot load the weights in {card.path}: {type(error).__name__}: {reason}") from error
-        model, report = loaded
-        if absent := sorted(report["missing_keys"]):
-            raise ModelError(f"the checkpoint in {card.path} lacks {len(absent)} weights, the first: {absent[0]}")
-        if card.adapter:
-            model = _with_adapter(model, card.adapter)
-        model.eval().requires_grad_(False)
+        model = load_weights(card, device, dtype)
         vlm = cls(model, load_processor(card.path), card, resolution, device=device)
         self_check(vlm, probe_batch(vlm))
         return vlm
@@ -371,44 +356,3 @@ def _extend(positions: Tensor, source: Tensor, column: Tensor, length: int) -> T
     after = last + (column - length + 1)[:, None]
     out = torch.where((column >= length)[:, None], after, rows.gather(2, index))
     return out if many else out[:, 0]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, whose own signature hides arguments."""
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    known = {
-        "fp32": torch.float32,
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if name not in known:
-        raise ModelError(f"unknown dtype '{name}'. Known: auto, {', '.join(known)}")
-    return known[name]
-
-
-def _end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a reply, the tokenizer's own first."""
-    config = getattr(model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tuple(dict.fromkeys([*own, *listed]))
-
-
-def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
-    if not Path(adapter).is_dir():
-        raise ModelError(f"LoRA adapter folder not found: {adapter}")
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ModelError("a LoRA adapter needs the extra: pip install 'safemed-bench[peft]'") from error
-    return PeftModel.from_pretrained(model, adapter)

@@ -1,0 +1,76 @@
+"""Weights from disk: precision, LoRA adapters, and what to ask of a model once it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
+
+from ..core.errors import ModelError
+from .card import ModelCard
+from .processors import LOAD_ERRORS
+
+
+def load_weights(card: ModelCard, device: torch.device, dtype: str) -> nn.Module:
+    """The card's model with its LoRA adapter, frozen, in eval mode. Raises ModelError where files are missing."""
+    wanted = torch_dtype(dtype, device)
+    if wanted == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in patch convolutions too
+    disable_progress_bar()  # it would run across ours, and write control codes where there is no terminal
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(card.path, dtype=wanted, output_loading_info=True)
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ModelError(f"cannot load the weights in {card.path}: {type(error).__name__}: {reason}") from error
+    model, report = loaded
+    if absent := sorted(report["missing_keys"]):
+        raise ModelError(f"the checkpoint in {card.path} lacks {len(absent)} weights, the first: {absent[0]}")
+    if card.adapter:
+        model = _with_adapter(model, card.adapter)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, whose own signature hides arguments."""
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in known:
+        raise ModelError(f"unknown dtype '{name}'. Known: auto, {', '.join(known)}")
+    return known[name]
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a reply, the tokenizer's own first."""
+    config = getattr(model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*own, *listed]))
+
+
+def _with_adapter(model: nn.Module, adapter: str) -> nn.Module:
+    if not Path(adapter).is_dir():
+        raise ModelError(f"LoRA adapter folder not found: {adapter}")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError("a LoRA adapter needs the extra: pip install 'safemed-bench[peft]'") from error
+    return PeftModel.from_pretrained(model, adapter)
