@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def objectives() -> list[Row]:
     return rows
 
 
+def certifiers() -> list[Row]:
+    from ..certify import CERTIFIERS
+
+    rows = []
+    for name in registry.certifiers:
+        info = CERTIFIERS.get(name)
+        rows.append({"name": name, "summary": f"{info.summary}; {', '.join(info.parameters)}" if info else "plugin"})
+    return rows
+
+
 def datasets() -> list[Row]:
     return [{"name": name, "summary": _first_line(registry.datasets.get(name))} for name in registry.datasets]
 
@@ -74,6 +85,7 @@ KINDS: dict[str, Callable[[], list[Row]]] = {
     "models": models,
     "attacks": attacks,
     "objectives": objectives,
+    "certifiers": certifiers,
     "datasets": datasets,
     "suites": suites,
 }
@@ -92,16 +104,17 @@ def list_kind(kind: str, *, as_json: bool) -> None:
 
 
 def show(name: str, *, as_json: bool) -> None:
-    """A suite as it resolves, a model's card, or what an attack, objective or data set says of itself."""
+    """A suite as it resolves, a model's card, or what an attack, objective, certifier or data set says of itself."""
     from ..suite.loader import shipped_suites
 
-    known = {*shipped_suites(), *registry.models, *registry.attacks, *registry.objectives, *registry.datasets}
+    coded = (registry.attacks, registry.objectives, registry.certifiers, registry.datasets)
+    known = {*shipped_suites(), *registry.models, *(name for kind in coded for name in kind)}
     if name in shipped_suites() or Path(name).is_file():
         _show_suites(name, as_json)
     elif name in registry.models or (Path(name) / "config.json").is_file():
         _show_model(name, as_json)
     else:
-        for kind in (registry.attacks, registry.objectives, registry.datasets):
+        for kind in coded:
             if name in kind:
                 return _show_code(kind.kind, name, kind.get(name), as_json)
         raise UsageError(f"nothing is called '{name}'.{did_you_mean(name, sorted(known))}")
@@ -134,8 +147,8 @@ def _show_model(name: str, as_json: bool) -> None:
 
 def _show_code(kind: str, name: str, item: Any, as_json: bool) -> None:
     text = inspect.getdoc(item) or ""
-    fields = getattr(item, "__dataclass_fields__", {})
-    parameters = {key: repr(f.default) for key, f in fields.items() if f.init and not key.startswith("_")}
+    declared = fields(item) if is_dataclass(item) else ()
+    parameters = {f.name: "required" if f.default is MISSING else repr(f.default) for f in declared if f.init}
     if as_json:
         out.print_json({"kind": kind, "name": name, "text": text, "parameters": parameters})
         return
