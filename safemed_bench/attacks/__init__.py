@@ -46,7 +46,7 @@ ATTACKS: dict[str, AttackInfo] = {
     "pgd": AttackInfo(
         "safemed_bench.attacks.pgd:PGD",
         "projected gradient ascent (Madry, 1706.06083) with an active set and verified early stopping",
-        ("steps", "restarts", "step_size", "rel_step", "random_start", "keep", "active_set"),
+        ("steps", "restarts", "random_start", "active_set", "step_size", "rel_step", "keep"),
     ),
 }
 

@@ -121,6 +121,8 @@ class Bench:
                 records.append(scene.record(k, error=problem, artefact=f"{name}#{k}"))
                 continue
             values = _verdict(scene, k, result.answers[place]) | _effort(result, place)
+            if scene.threat.norm == "l1":
+                values["extra"] |= {"l1": measured.l1}
             records.append(
                 scene.record(
                     k,

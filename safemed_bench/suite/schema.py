@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..core.errors import did_you_mean
-from ..core.types import ThreatModel, format_eps
+from ..core.types import Norm, ThreatModel, format_eps
 from .values import Count, CountOrAll, CountOrAuto, Dtype, Eps, Number, Text, Whole, check_scale, parse_number
 
 PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
@@ -77,7 +77,7 @@ class DataSpec(_Part):
 class ThreatSpec(_Part):
     """What the adversary may do."""
 
-    norm: Literal["linf", "l2"] = Field(default="linf", description="Norm of the perturbation over one image's values.")
+    norm: Norm = Field(default="linf", description="Norm of the perturbation over one image's values.")
     eps: tuple[Eps, ...] = Field(
         default=(2 / 255, 4 / 255, 8 / 255), min_length=1, description="Radii, on the [0, 1] pixel scale, e.g. 8/255."
     )
