@@ -48,6 +48,16 @@ ATTACKS: dict[str, AttackInfo] = {
         "projected gradient ascent (Madry, 1706.06083) with an active set and verified early stopping",
         ("steps", "restarts", "random_start", "active_set", "step_size", "rel_step", "keep"),
     ),
+    "mim": AttackInfo(
+        "safemed_bench.attacks.mim:MIM",
+        "ascent along accumulated gradients (Dong, 1710.06081)",
+        ("steps", "restarts", "random_start", "active_set", "decay", "rel_step"),
+    ),
+    "apgd": AttackInfo(
+        "safemed_bench.attacks.apgd:APGD",
+        "Auto-PGD (Croce & Hein, 2003.01690; L1: 2103.01208): momentum, a step that halves where it stalls",
+        ("steps", "restarts", "random_start", "active_set"),
+    ),
 }
 
 _OBJECTIVES = "safemed_bench.attacks.objectives:"

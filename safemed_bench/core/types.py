@@ -69,7 +69,8 @@ class ThreatModel:
     @property
     def label(self) -> str:
         """`linf:4/255`, `l2:0.5`, `l1:12`: how conditions are named."""
-        return f"{self.norm}:{format_eps(self.eps)}"
+        eps = f"{self.eps:g}" if self.norm == "l1" else format_eps(self.eps)  # a sum over pixels: 12, not 3060/255
+        return f"{self.norm}:{eps}"
 
 
 def format_eps(eps: float) -> str:
