@@ -61,6 +61,7 @@ ATTACKS: dict[str, AttackInfo] = {
 }
 
 _OBJECTIVES = "safemed_bench.attacks.objectives:"
+_TARGETED = "safemed_bench.attacks.targeted:"
 OBJECTIVES: dict[str, ObjectiveInfo] = {
     "answer": ObjectiveInfo(
         _OBJECTIVES + "AnswerToken",
@@ -81,6 +82,17 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
     ),
     "margin": ObjectiveInfo(
         _OBJECTIVES + "Margin", "best other option minus the true one at the answer position", standard=False
+    ),
+    "targeted": ObjectiveInfo(
+        _TARGETED + "Targeted", "likelihood of a wrong answer, per restart another one", standard=False
+    ),
+    "targeted_margin": ObjectiveInfo(
+        _TARGETED + "TargetedMargin",
+        "a wrong option minus the true one where the answer is decided, per restart another one",
+        standard=False,
+    ),
+    "directed": ObjectiveInfo(
+        _TARGETED + "Directed", "the same, from a disease towards `normal` and from normal to a disease", standard=False
     ),
 }
 

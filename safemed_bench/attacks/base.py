@@ -46,6 +46,10 @@ class Prepared(ABC):
     def select(self, rows: Tensor) -> Prepared:
         """The same for the questions at `rows` (long)."""
 
+    def turn(self, restart: int) -> Prepared:
+        """What restart `restart` (from 0) maximises: itself, unless each aims at something else. Of all questions."""
+        return self
+
 
 class Objective(ABC):
     """What an attack maximises. `prepare` is given questions that the model answers rightly, and these answers."""
@@ -129,6 +133,7 @@ class Pursuit:
         self.generators, self.costly = tuple(generators), costly
         self._objective, self._verdict, self._targets = objective, verdict, tuple(targets)
         self._active: tuple[Tensor, Prepared] = (self.rows(), objective)
+        self._turns, self._restart = objective, -1
         count, on = len(clean), clean.device
         self.success = torch.zeros(count, dtype=torch.bool, device=on)
         self.answers: list[Answer | None] = [None] * count
@@ -156,7 +161,10 @@ class Pursuit:
         return (~self.success).nonzero().flatten()
 
     def begin(self, rows: Tensor) -> None:
-        """A new restart: forget the best iterate of the last one."""
+        """A new restart: forget the best iterate of the last one, and aim anew."""
+        self._restart += 1
+        self._objective = self._turns.turn(self._restart)
+        self._active = (self.rows(), self._objective)
         self.best_loss[rows] = -torch.inf
         self.best_delta[rows] = 0.0
 
