@@ -22,11 +22,13 @@ CODE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class AttackInfo:
-    """target: `module:Class`. parameters: what a suite may set, beside the objectives."""
+    """target: `module:Class`. parameters: what a suite may set, beside the objectives. objectives: whether it takes
+    any; a black box and a cascade do not."""
 
     target: str
     summary: str
     parameters: tuple[str, ...] = ()
+    objectives: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,12 @@ ATTACKS: dict[str, AttackInfo] = {
         "safemed_bench.attacks.apgd:APGD",
         "Auto-PGD (Croce & Hein, 2003.01690; L1: 2103.01208): momentum, a step that halves where it stalls",
         ("steps", "restarts", "random_start", "active_set"),
+    ),
+    "square": AttackInfo(
+        "safemed_bench.attacks.square:Square",
+        "random search on option scores or verdicts, no gradient (Andriushchenko, 1912.00049)",
+        ("queries", "feedback", "share"),
+        objectives=False,
     ),
 }
 
@@ -113,6 +121,13 @@ def applies(objective: str, reasons: bool) -> bool:
     info = OBJECTIVES.get(objective)
     only = info.reasoning_only if info else bool(registry.objectives.get(objective).reasoning_only)
     return reasons or not only
+
+
+def needs_objective(attack: str) -> bool:
+    """Whether an attack maximises an objective that is named beside it: not if it is a black box, or a cascade that
+    brings its own. Raises UsageError for an unknown name."""
+    info = ATTACKS.get(attack)
+    return info.objectives if info else bool(getattr(registry.attacks.get(attack), "needs_objective", True))
 
 
 def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack:
