@@ -15,6 +15,7 @@ from ..core.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from .base import Attack, Objective
+    from .cascade import Cascade, Stage
 
 CODE_VERSION = 1
 """Goes into unit keys; raised whenever a change here can change a record."""
@@ -64,6 +65,12 @@ ATTACKS: dict[str, AttackInfo] = {
         "safemed_bench.attacks.square:Square",
         "random search on option scores or verdicts, no gradient (Andriushchenko, 1912.00049)",
         ("queries", "feedback", "share"),
+        objectives=False,
+    ),
+    "safemed-attack": AttackInfo(
+        "safemed_bench.attacks.cascade:SafeMedAttack",
+        "the standard: FGSM, PGD on all objectives, APGD on a margin and targeted, Square, each on what still stands",
+        ("steps", "apgd_steps", "queries"),
         objectives=False,
     ),
 }
@@ -130,8 +137,8 @@ def needs_objective(attack: str) -> bool:
     return info.objectives if info else bool(getattr(registry.attacks.get(attack), "needs_objective", True))
 
 
-def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack:
-    """An attack from its registered name and parameters. Raises UsageError where one is wrong."""
+def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack | Cascade:
+    """An attack or a cascade from its registered name and parameters. Raises UsageError where one is wrong."""
     kind = registry.attacks.get(name)
     parameters = dict(parameters or {})
     known = tuple(getattr(kind, "__dataclass_fields__", parameters))
@@ -139,6 +146,14 @@ def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Atta
         if key not in known:
             raise UsageError(f"attack '{name}' has no parameter '{key}'.{did_you_mean(key, known)}")
     return kind(**parameters)
+
+
+def build_strike(attack: str, objective: str, parameters: Mapping[str, Any] | None = None) -> Stage | Cascade:
+    """What a cell does: an attack with its objective ("" for a black box), or a cascade; both are called alike."""
+    from .cascade import Cascade, Stage
+
+    built = build_attack(attack, parameters)
+    return built if isinstance(built, Cascade) else Stage(built, objective)
 
 
 def build_objective(name: str) -> Objective:

@@ -11,6 +11,7 @@ from ..core.types import Norm, ThreatModel, format_eps
 from .values import Count, CountOrAll, CountOrAuto, Dtype, Eps, Number, Text, Whole, check_scale, parse_number
 
 PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
+RESERVED = (*PLAIN_KINDS, "worst")
 FILTER_KEYS = ("modality", "question_type", "source")
 
 
@@ -160,7 +161,7 @@ class ConditionSpec(_Part):
     objectives: Literal["all", "strong"] | tuple[Text, ...] = Field(
         default="all",
         description="What the attack maximises: names; `all` that are standard for the entry; or `strong`, those of "
-        "all that are not known to overstate the robustness of an entry that reasons.",
+        "all that are not known to overstate the robustness of an entry that reasons. Square and cascades take none.",
     )
     at: Literal["all", "headline", "other"] = Field(
         default="all", description="At every eps of the threat, at its headline alone, or at the others."
@@ -201,6 +202,8 @@ class ConditionSpec(_Part):
             raise ValueError("`attack` names the attack of a condition of kind attack, and of no other")
         if self.kind != "attack" and (extra := self.model_fields_set - {"kind"}):
             raise ValueError(f"{self.kind} takes no {', '.join(sorted(extra))}")
+        if self.name in RESERVED:
+            raise ValueError(f"`name: {self.name}` would be taken for another row of the tables")
         if twice := {"steps", "restarts", "step_size", "rel_step"} & set(self.params):
             raise ValueError(f"{', '.join(sorted(twice))} stands beside `attack`, not under params")
         return self
