@@ -30,7 +30,7 @@ from safemed_bench.core.errors import UsageError
 from safemed_bench.core.types import ThreatModel
 
 HEADLINE = ThreatModel("linf", 2 / 255)
-PAIRS = [(False, "answer"), (False, "margin"), *((True, name) for name in OBJECTIVES)]
+PAIRS = [(reasons, name) for reasons in (False, True) for name in OBJECTIVES if applies(name, reasons)]
 EASY, STRONG = ThreatModel("linf", 1 / 255), ThreatModel("l2", 0.4)
 
 

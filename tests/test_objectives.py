@@ -12,14 +12,14 @@ import torch
 from families import build
 from toy_model import TOKEN, ToyVLM, generators, toy_batch, toy_canvas, toy_questions
 
-from safemed_bench.attacks import OBJECTIVES, build_attack, build_objective
+from safemed_bench.attacks import OBJECTIVES, applies, build_attack, build_objective
 from safemed_bench.attacks.pgd import PGD
 from safemed_bench.attacks.slots import find_slot, rationale_length
 from safemed_bench.attacks.threat import check
 from safemed_bench.core.types import Answer, Question, ThreatModel
 from safemed_bench.models import load_model
 
-PAIRS = [(False, "answer"), (False, "margin"), *((True, name) for name in OBJECTIVES)]
+PAIRS = [(reasons, name) for reasons in (False, True) for name in OBJECTIVES if applies(name, reasons)]
 
 
 class Words:

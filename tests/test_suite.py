@@ -132,7 +132,7 @@ def marked(text: str) -> tuple[str, int, int]:
         ("threat: {eps: ^[]}", "threat.eps", "must not be empty"),
         ("threat: {eps: ^[0.1, 0.1]}", "threat.eps", "stands twice"),
         ("threat: {eps: [8/255], headline: ^4/255}", "threat.headline", "4/255 is not one of eps: 8/255"),
-        ("threat: {norm: ^l1}", "threat.norm", "must be linf or l2, not 'l1'"),
+        ("threat: {norm: ^l0}", "threat.norm", "must be linf, l2 or l1, not 'l0'"),
         ("run: {seed: ^-1}", "run.seed", "greater than or equal to 0"),
         ("run: {workers: ^0}", "run.workers", "must be `auto` or a whole number from 1, not 0"),
         ("run: {device: ^gpu}", "run.device", "unknown device 'gpu'"),

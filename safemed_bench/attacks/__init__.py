@@ -15,6 +15,7 @@ from ..core.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from .base import Attack, Objective
+    from .cascade import Cascade, Stage
 
 CODE_VERSION = 1
 """Goes into unit keys; raised whenever a change here can change a record."""
@@ -22,11 +23,13 @@ CODE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class AttackInfo:
-    """target: `module:Class`. parameters: what a suite may set, beside the objectives."""
+    """target: `module:Class`. parameters: what a suite may set, beside the objectives. objectives: whether it takes
+    any; a black box and a cascade do not."""
 
     target: str
     summary: str
     parameters: tuple[str, ...] = ()
+    objectives: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class ObjectiveInfo:
     weak_on_reasoning: bool = False
 
 
-_PGD = ("steps", "restarts", "step_size", "rel_step", "random_start", "keep", "active_set")
+_PGD = ("steps", "restarts", "random_start", "active_set", "step_size", "rel_step", "keep")
 ATTACKS: dict[str, AttackInfo] = {
     "fgsm": AttackInfo("safemed_bench.attacks.fgsm:FGSM", "one step of length eps (Goodfellow, 1412.6572)"),
     "pgd": AttackInfo(
@@ -59,9 +62,32 @@ ATTACKS: dict[str, AttackInfo] = {
         "PGD on the expected loss of a randomised model (Athalye, 1707.07397)",
         (*_PGD, "draws", "sigma"),
     ),
+    "mim": AttackInfo(
+        "safemed_bench.attacks.mim:MIM",
+        "ascent along accumulated gradients (Dong, 1710.06081)",
+        ("steps", "restarts", "random_start", "active_set", "decay", "rel_step"),
+    ),
+    "apgd": AttackInfo(
+        "safemed_bench.attacks.apgd:APGD",
+        "Auto-PGD (Croce & Hein, 2003.01690; L1: 2103.01208): momentum, a step that halves where it stalls",
+        ("steps", "restarts", "random_start", "active_set"),
+    ),
+    "square": AttackInfo(
+        "safemed_bench.attacks.square:Square",
+        "random search on option scores or verdicts, no gradient (Andriushchenko, 1912.00049)",
+        ("queries", "feedback", "share"),
+        objectives=False,
+    ),
+    "safemed-attack": AttackInfo(
+        "safemed_bench.attacks.cascade:SafeMedAttack",
+        "the standard: FGSM, PGD on all objectives, APGD on a margin and targeted, Square, each on what still stands",
+        ("steps", "apgd_steps", "queries"),
+        objectives=False,
+    ),
 }
 
 _OBJECTIVES = "safemed_bench.attacks.objectives:"
+_TARGETED = "safemed_bench.attacks.targeted:"
 OBJECTIVES: dict[str, ObjectiveInfo] = {
     "answer": ObjectiveInfo(
         _OBJECTIVES + "AnswerToken",
@@ -82,6 +108,17 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
     ),
     "margin": ObjectiveInfo(
         _OBJECTIVES + "Margin", "best other option minus the true one at the answer position", standard=False
+    ),
+    "targeted": ObjectiveInfo(
+        _TARGETED + "Targeted", "likelihood of a wrong answer, per restart another one", standard=False
+    ),
+    "targeted_margin": ObjectiveInfo(
+        _TARGETED + "TargetedMargin",
+        "a wrong option minus the true one where the answer is decided, per restart another one",
+        standard=False,
+    ),
+    "directed": ObjectiveInfo(
+        _TARGETED + "Directed", "the same, from a disease towards `normal` and from normal to a disease", standard=False
     ),
 }
 
@@ -104,8 +141,15 @@ def applies(objective: str, reasons: bool) -> bool:
     return reasons or not only
 
 
-def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack:
-    """An attack from its registered name and parameters. Raises UsageError where one is wrong."""
+def needs_objective(attack: str) -> bool:
+    """Whether an attack maximises an objective that is named beside it: not if it is a black box, or a cascade that
+    brings its own. Raises UsageError for an unknown name."""
+    info = ATTACKS.get(attack)
+    return info.objectives if info else bool(getattr(registry.attacks.get(attack), "needs_objective", True))
+
+
+def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack | Cascade:
+    """An attack or a cascade from its registered name and parameters. Raises UsageError where one is wrong."""
     kind = registry.attacks.get(name)
     parameters = dict(parameters or {})
     known = tuple(getattr(kind, "__dataclass_fields__", parameters))
@@ -113,6 +157,14 @@ def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Atta
         if key not in known:
             raise UsageError(f"attack '{name}' has no parameter '{key}'.{did_you_mean(key, known)}")
     return kind(**parameters)
+
+
+def build_strike(attack: str, objective: str, parameters: Mapping[str, Any] | None = None) -> Stage | Cascade:
+    """What a cell does: an attack with its objective ("" for a black box), or a cascade; both are called alike."""
+    from .cascade import Cascade, Stage
+
+    built = build_attack(attack, parameters)
+    return built if isinstance(built, Cascade) else Stage(built, objective)
 
 
 def build_objective(name: str) -> Objective:

@@ -25,6 +25,11 @@ def squared_budget(threat: ThreatModel) -> int:
     return math.floor((threat.eps * LEVELS) ** 2 + SLACK)
 
 
+def summed_budget(threat: ThreatModel) -> int:
+    """The largest sum of absolute level differences under L1."""
+    return math.floor(threat.eps * LEVELS + SLACK)
+
+
 def level_range(threat: ThreatModel) -> tuple[int, int]:
     """The lowest and the highest level inside the box."""
     low, high = threat.bounds
@@ -37,13 +42,23 @@ def audit(threat: ThreatModel, canvas: NDArray[np.uint8], image: NDArray[Any]) -
     Exact: all comparisons are between integers. Only changed values must lie in the box; the rest is the canvas.
     """
     shift = image.astype(np.int64) - canvas
-    linf, squared = int(np.abs(shift).max(initial=0)), int(np.square(shift).sum())
-    linf_ball = threat.norm == "linf"
-    if linf > whole_levels(threat) if linf_ball else squared > squared_budget(threat):
-        size = (linf if linf_ball else math.sqrt(squared)) / LEVELS
-        return f"a perturbation of {size:.6g} leaves the {threat.label} ball"
+    size, allowed = _size_and_budget(threat, shift)
+    if size > allowed:
+        length = (math.sqrt(size) if threat.norm == "l2" else size) / LEVELS
+        return f"a perturbation of {length:.6g} leaves the {threat.label} ball"
     low, high = level_range(threat)
     changed = image[shift != 0]
     if changed.size and (changed.min() < low or changed.max() > high):
         return f"levels {changed.min()} to {changed.max()} leave the box, {low} to {high}"
     return ""
+
+
+def _size_and_budget(threat: ThreatModel, shift: NDArray[np.int64]) -> tuple[int, int]:
+    """What the norm counts (for L2 squares), in levels, and how much of it there may be."""
+    match threat.norm:
+        case "linf":
+            return int(np.abs(shift).max(initial=0)), whole_levels(threat)
+        case "l2":
+            return int(np.square(shift).sum()), squared_budget(threat)
+        case "l1":
+            return int(np.abs(shift).sum()), summed_budget(threat)

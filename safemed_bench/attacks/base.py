@@ -1,4 +1,4 @@
-"""The frame of every attack: what an objective and an attack are, and the bookkeeping between them.
+"""The frame of every attack: what an objective and an attack are, and what an attack gives.
 
 An attack sees only a `Pursuit`: the loss, its gradient and the verdict of the deployed path, as functions of a
 perturbation. It knows no model and no text. An objective knows no attack (DESIGN, section 3).
@@ -7,7 +7,7 @@ perturbation. It knows no model and no text. An objective knows no attack (DESIG
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
@@ -18,34 +18,8 @@ from torch import Tensor, nn
 from ..core.seeds import derive_seed
 from ..core.types import Answer, ThreatModel
 from ..models.base import Batch, VisionLanguageModel
-from .threat import norms, project, quantize
-
-
-class Reading(NamedTuple):
-    """What an objective says of (B, 3, H, W) pixels, from one forward pass.
-
-    loss: (B,) to be maximised, differentiable. suspects: (B,) bool, where the surrogate holds a wrong answer
-    possible; only these are worth a verdict of the deployed path.
-    """
-
-    loss: Tensor
-    suspects: Tensor
-
-
-class Prepared(ABC):
-    """An objective tied to a batch: the clean rationale is tokenised, slots are found, and so on.
-
-    extra: one dict per question with what the record should tell.
-    """
-
-    extra: tuple[dict[str, Any], ...] = ()
-
-    @abstractmethod
-    def __call__(self, pixels: Tensor) -> Reading: ...
-
-    @abstractmethod
-    def select(self, rows: Tensor) -> Prepared:
-        """The same for the questions at `rows` (long)."""
+from .pursuit import Prepared, Pursuit, Reading
+from .threat import norms, project
 
 
 class Objective(ABC):
@@ -58,8 +32,21 @@ class Objective(ABC):
     def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared: ...
 
 
-Verdict = Callable[[Tensor, Tensor], list[Answer]]
-"""(rows, uint8 images of these rows) to the answers of the deployed path."""
+class NoObjective(Objective):
+    """What a black-box attack is given. Raises ValueError where it is asked for a loss after all."""
+
+    name: ClassVar[str] = ""
+
+    def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared:
+        return _NoLoss()
+
+
+class _NoLoss(Prepared):
+    def __call__(self, pixels: Tensor) -> Reading:
+        raise ValueError("this attack needs an objective")
+
+    def select(self, rows: Tensor) -> Prepared:
+        return self
 
 
 @dataclass(frozen=True)
@@ -106,139 +93,14 @@ class Maximum(NamedTuple):
     dead: Tensor
 
 
-class Pursuit:
-    """One attack on one batch: counts passes, keeps each question's best iterate, remembers verified successes.
+class Attack(ABC):
+    """How an objective is maximised inside a threat model. A subclass writes one hook, `perturb`.
 
-    `rows` are always positions in the batch (long, on the pixels' device) and `delta` the perturbations of these
-    rows. `targets` are the true options; `costly` says that a verdict costs as much as a few steps. Without a
-    verdict (the trainer's inner maximisation) nothing ever counts as a success.
+    needs_objective: False for a black-box attack; its cells have no objective in their name.
     """
 
-    def __init__(
-        self,
-        objective: Prepared,
-        clean: Tensor,
-        canvas: Tensor,
-        threat: ThreatModel,
-        generators: Sequence[torch.Generator],
-        verdict: Verdict | None = None,
-        targets: Sequence[int] = (),
-        *,
-        costly: bool = False,
-    ) -> None:
-        self.clean, self.canvas, self.threat = clean, canvas, threat
-        self.generators, self.costly = tuple(generators), costly
-        self._objective, self._verdict, self._targets = objective, verdict, tuple(targets)
-        self._active: tuple[Tensor, Prepared] = (self.rows(), objective)
-        count, on = len(clean), clean.device
-        self.success = torch.zeros(count, dtype=torch.bool, device=on)
-        self.answers: list[Answer | None] = [None] * count
-        self.images = canvas.clone()
-        self.final_loss = torch.full((count,), -torch.inf, device=on)
-        self.start_loss = torch.full((count,), torch.nan, device=on)
-        self.best_loss = torch.full((count,), -torch.inf, device=on)
-        self.best_delta = torch.zeros_like(clean)
-        self.peak_delta = torch.zeros_like(clean)
-        self.trace: list[Tensor] = []
-        zeros = torch.zeros(4, count, dtype=torch.long, device=on)
-        self.forwards, self.backwards, self.verdicts, self.dead = zeros.unbind()
-        self.suspected = torch.full((count,), -1, dtype=torch.long, device=on)
-
-    @property
-    def judged(self) -> bool:
-        return self._verdict is not None
-
-    def rows(self) -> Tensor:
-        """All rows."""
-        return torch.arange(len(self.clean), device=self.clean.device)
-
-    def survivors(self) -> Tensor:
-        """Rows without a verified success."""
-        return (~self.success).nonzero().flatten()
-
-    def begin(self, rows: Tensor) -> None:
-        """A new restart: forget the best iterate of the last one."""
-        self.best_loss[rows] = -torch.inf
-        self.best_delta[rows] = 0.0
-
-    def read(self, rows: Tensor, delta: Tensor, *, gradient: bool = True) -> tuple[Reading, Tensor]:
-        """Loss and suspects (detached) at `delta` and the loss gradient (else zeros), from one forward pass.
-
-        A loss that does not depend on the picture (a text-only entry's) has a dead gradient, not an error.
-        """
-        pixels = (self.clean[rows] + delta).detach().requires_grad_(gradient)
-        slope = torch.zeros_like(delta)
-        with torch.set_grad_enabled(gradient):  # whatever the caller has set
-            loss, suspects = self._at(rows)(pixels)
-            if gradient and loss.requires_grad:
-                (slope,) = torch.autograd.grad(loss.sum(), pixels)
-            if gradient:
-                slope = self._repaired(rows, slope)
-        reading = Reading(loss.detach().float(), suspects.detach())
-        self._note(rows, reading, gradient)
-        return reading, slope
-
-    def _at(self, rows: Tensor) -> Prepared:
-        held, prepared = self._active
-        if not torch.equal(held, rows):
-            prepared = self._objective.select(rows)
-            self._active = (rows, prepared)
-        return prepared
-
-    def _repaired(self, rows: Tensor, slope: Tensor) -> Tensor:
-        """A gradient that is not finite becomes zero, is counted, and moves nothing."""
-        finite = slope.isfinite().flatten(1).all(dim=1)
-        slope = torch.where(finite.view(-1, 1, 1, 1), slope, 0.0)
-        self.dead[rows] += (slope.flatten(1) == 0).all(dim=1).long()
-        return slope
-
-    def _note(self, rows: Tensor, reading: Reading, gradient: bool) -> None:
-        self.start_loss[rows] = torch.where(self.forwards[rows] == 0, reading.loss, self.start_loss[rows])
-        self.forwards[rows] += 1
-        self.backwards[rows] += int(gradient)
-        column = torch.full_like(self.start_loss, torch.nan)
-        column[rows] = reading.loss
-        first = reading.suspects & (self.suspected[rows] < 0)
-        self.suspected[rows] = torch.where(first, len(self.trace), self.suspected[rows])
-        self.trace.append(column)
-
-    def keep(self, rows: Tensor, delta: Tensor, loss: Tensor, *, always: bool = False) -> None:
-        """Hold `delta` as the rows' candidate where its loss beats the candidate's (or always)."""
-        better = torch.full_like(loss, always, dtype=torch.bool) | (loss > self.best_loss[rows])
-        self.best_loss[rows[better]] = loss[better]
-        self.best_delta[rows[better]] = delta[better]
-
-    def verify(self, rows: Tensor, delta: Tensor, loss: Tensor) -> None:
-        """The deployed path's verdict on the 8-bit images of `delta`.
-
-        A wrong answer is a success and settles the row for good. Otherwise the image becomes the row's result if
-        its loss is above that of the result so far.
-        """
-        open_rows = ~self.success[rows]
-        rows, delta, loss = rows[open_rows], delta[open_rows], loss[open_rows]
-        if self._verdict is None or not len(rows):
-            return
-        images = quantize(self.threat, self.canvas[rows], self.clean[rows] + delta)
-        answers = self._verdict(rows, images)
-        self.verdicts[rows] += 1
-        for place, row in enumerate(rows.tolist()):
-            fooled = answers[place].index != self._targets[row]
-            if fooled or self.answers[row] is None or loss[place] > self.final_loss[row]:
-                self.answers[row], self.images[row] = answers[place], images[place]
-                self.final_loss[row], self.success[row] = loss[place], fooled
-
-    def settle(self, rows: Tensor) -> None:
-        """The end of a restart: verdict on the rows' candidates; without one, the best so far is held."""
-        if self.judged:
-            return self.verify(rows, self.best_delta[rows], self.best_loss[rows])
-        higher = rows[self.best_loss[rows] > self.final_loss[rows]]
-        self.final_loss[higher], self.peak_delta[higher] = self.best_loss[higher], self.best_delta[higher]
-
-
-class Attack(ABC):
-    """How an objective is maximised inside a threat model. A subclass writes one hook, `perturb`."""
-
     name: ClassVar[str]
+    needs_objective: ClassVar[bool] = True
 
     @abstractmethod
     def perturb(self, pursuit: Pursuit) -> None:
@@ -352,7 +214,8 @@ def _gather(
     trace = torch.empty(count, 0)
     if pursuit:
         adversarial[at] = pursuit.images.cpu()
-        trace = spread(torch.stack(pursuit.trace, dim=1) if pursuit.trace else None, torch.nan, torch.float32)
+        if pursuit.trace:
+            trace = spread(torch.stack(pursuit.trace, dim=1), torch.nan, torch.float32)
         for place, answer, suspected in zip(places, pursuit.answers, pursuit.suspected.tolist(), strict=True):
             moved = not torch.equal(adversarial[place], canvas[place])
             # An image that was not changed has the verdict that it had, bit for bit: eps 0 is clean.

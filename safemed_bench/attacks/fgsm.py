@@ -11,7 +11,8 @@ from .pgd import PGD
 
 @dataclass(frozen=True)
 class FGSM(Attack):
-    """One full step along the sign of the gradient (L∞) or along the gradient (L2), whatever it does to the loss.
+    """One full step along the sign of the gradient (L∞), the gradient (L2) or its largest values (L1), whatever it does
+    to the loss.
 
     It is there for comparison: an iterative attack that is weaker than this one has a fault.
     """

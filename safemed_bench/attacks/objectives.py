@@ -7,7 +7,7 @@ leaks the answer. Robust accuracy is therefore the per-sample worst over all obj
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from ..core.types import Answer
 from ..models.answers import split_at_letter
 from ..models.base import Batch, Text, VisionLanguageModel
 from .base import Objective, Prepared, Reading
-from .slots import find_slot
+from .slots import Slot, find_slot
 
 
 def _pick(items: Sequence[Any], rows: Tensor) -> tuple[Any, ...]:
@@ -135,8 +135,36 @@ def _rationale_prefix(model: VisionLanguageModel, answer: Answer) -> str:
     return found[0] if found else model.answer_prefix()
 
 
-def _own_tokens(model: VisionLanguageModel, answer: Answer) -> tuple[int, ...]:
+def own_tokens(model: VisionLanguageModel, answer: Answer) -> tuple[int, ...]:
     return tuple(answer.tokens) or model.encode(answer.text)
+
+
+def slot_margin(
+    model: VisionLanguageModel,
+    batch: Batch,
+    replies: Sequence[tuple[int, ...]],
+    slots: Sequence[Slot | None],
+    at: Sequence[int],
+) -> Prepared:
+    """Margin at the decision slots of the questions at `at`, which have one, of `batch`."""
+    found = [(slot, replies[i]) for i in at if (slot := slots[i])]
+    width = max([2, *(len(slot.candidates) for slot, _ in found)])
+    table = [[*slot.candidates, *[-1] * (width - len(slot.candidates))] for slot, _ in found]
+    candidates = torch.tensor(table, dtype=torch.long).view(-1, width)
+    return _Slot(model, batch.select(at), tuple(reply[: slot.position] for slot, reply in found), candidates)
+
+
+def either(
+    slots: Sequence[Slot | None],
+    main: Callable[[Sequence[int]], Prepared],
+    fallback: Callable[[Sequence[int]], Prepared],
+    extra: tuple[dict[str, Any], ...] = (),
+) -> Prepared:
+    """`main` for the questions that have a slot, `fallback` for the rest."""
+    at = [i for i, slot in enumerate(slots) if slot]
+    rest = [i for i, slot in enumerate(slots) if not slot]
+    first, second = torch.tensor(at, dtype=torch.long), torch.tensor(rest, dtype=torch.long)
+    return _Either(first, second, main(at), fallback(rest), extra)
 
 
 @dataclass(frozen=True)
@@ -185,7 +213,7 @@ class RationaleAnswer(Objective):
     reasoning_only: ClassVar[bool] = True
 
     def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared:
-        return _Reply(model, batch, tuple(_own_tokens(model, a) for a in clean_answers))
+        return _Reply(model, batch, tuple(own_tokens(model, a) for a in clean_answers))
 
 
 @dataclass(frozen=True)
@@ -201,22 +229,14 @@ class DecisionSlot(Objective):
     fallback: ClassVar[Objective] = RationaleAnswer()
 
     def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared:
-        replies = [_own_tokens(model, a) for a in clean_answers]
+        replies = [own_tokens(model, a) for a in clean_answers]
         slots = [
             find_slot(q.options, q.answer, reply, model.encode, model.decode_text)
             for q, reply in zip(batch.questions, replies, strict=True)
         ]
-        found = [(slot, reply) for slot, reply in zip(slots, replies, strict=True) if slot]
-        at = torch.tensor([i for i, slot in enumerate(slots) if slot], dtype=torch.long)
-        rest = torch.tensor([i for i, slot in enumerate(slots) if not slot], dtype=torch.long)
-        width = max([2, *(len(slot.candidates) for slot, _ in found)])
-        table = [[*slot.candidates, *[-1] * (width - len(slot.candidates))] for slot, _ in found]
-        main = _Slot(
-            model,
-            batch.select(at),
-            tuple(reply[: slot.position] for slot, reply in found),
-            torch.tensor(table, dtype=torch.long).view(-1, width),
-        )
-        fallback = self.fallback.prepare(model, batch.select(rest), _pick(clean_answers, rest))
+
+        def fallback(rest: Sequence[int]) -> Prepared:
+            return self.fallback.prepare(model, batch.select(rest), [clean_answers[i] for i in rest])
+
         extra = tuple({"slot": s.position} if s else {"fallback": self.fallback.name} for s in slots)
-        return _Either(at, rest, main, fallback, extra)
+        return either(slots, lambda at: slot_margin(model, batch, replies, slots, at), fallback, extra)

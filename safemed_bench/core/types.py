@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 MODALITIES = (
     "CT",
@@ -18,7 +18,7 @@ MODALITIES = (
 )
 LETTERS = "ABCD"
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
 Status = Literal["valid", "invalid", "truncated", "abstain"]
 
 
@@ -61,15 +61,16 @@ class ThreatModel:
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"norm must be linf or l2, not {self.norm!r}")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, not {self.norm!r}")
         if not self.eps >= 0:
             raise ValueError(f"eps must be >= 0, not {self.eps}")
 
     @property
     def label(self) -> str:
-        """`linf:4/255`, `l2:0.5`: how conditions are named."""
-        return f"{self.norm}:{format_eps(self.eps)}"
+        """`linf:4/255`, `l2:0.5`, `l1:12`: how conditions are named."""
+        eps = f"{self.eps:g}" if self.norm == "l1" else format_eps(self.eps)  # a sum over pixels: 12, not 3060/255
+        return f"{self.norm}:{eps}"
 
 
 def format_eps(eps: float) -> str:

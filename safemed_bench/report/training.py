@@ -147,7 +147,7 @@ def _attack(adversary: Mapping[str, Any]) -> str:
     eps, norm = adversary.get("eps", 0.0), adversary.get("norm", "linf")
     steps = round(255 * eps, 6)
     size = f"{number(steps)}/255" if norm == "linf" and steps == int(steps) else number(eps)
-    words = [f"PGD-{adversary.get('steps', '?')}", f"{'L∞' if norm == 'linf' else 'L2'} {size}"]
+    words = [f"PGD-{adversary.get('steps', '?')}", f"{'L∞' if norm == 'linf' else norm.upper()} {size}"]
     words += [f"on {adversary['share']:.0%} of a batch"] if adversary.get("share", 1) < 1 else []
     words += ["growing"] if adversary.get("curriculum") else []
     return ", ".join(words)

@@ -29,6 +29,7 @@ class Measured:
 
     linf: float
     l2: float
+    l1: float
     problem: str
 
 
@@ -80,4 +81,5 @@ def measure(canvas: NDArray[np.uint8], delta: NDArray[np.int16], threat: ThreatM
     """Norms of one (3, H, W) difference, in 8-bit levels, and whether ball and box hold."""
     linf = float(np.abs(delta).max(initial=0)) / LEVELS
     l2 = float(np.sqrt(np.square(delta.astype(np.float64)).sum())) / LEVELS
-    return Measured(linf, l2, audit(threat, canvas, canvas.astype(np.int16) + delta))
+    l1 = float(np.abs(delta).sum(dtype=np.int64)) / LEVELS
+    return Measured(linf, l2, l1, audit(threat, canvas, canvas.astype(np.int16) + delta))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks import build_attack, build_objective
+from ..attacks import build_strike
 from ..attacks.base import AttackResult
 from ..attacks.threat import check, norms, quantize, random_start
 from ..core.errors import DataError
@@ -88,15 +88,13 @@ class Bench:
 
     def _attack(self, scene: Scene) -> list[Record]:
         clean = self.clean_answers(scene)
-        attack = build_attack(scene.job.attack, dict(scene.job.params))
-        objective = build_objective(scene.job.objective)
+        strike = build_strike(scene.job.attack, scene.job.objective, dict(scene.job.params))
         results: list[tuple[AttackResult, int]] = []
 
         def work(batch: Batch, rows: Sequence[int]) -> None:
-            result = attack(
+            result = strike(
                 self.model,
                 batch,
-                objective,
                 scene.threat,
                 generators=[generator(scene.units[k], "attack") for k in rows],
                 clean_answers=[clean[k] for k in rows],
@@ -124,6 +122,8 @@ class Bench:
                 records.append(scene.record(k, error=problem, artefact=f"{name}#{k}"))
                 continue
             values = _verdict(scene, k, final[k]) | _effort(result, place)
+            if scene.threat.norm == "l1":
+                values["extra"] |= {"l1": measured.l1}
             records.append(
                 scene.record(
                     k,

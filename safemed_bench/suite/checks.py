@@ -136,7 +136,7 @@ def _phantom_problem(parameters: dict[str, Any]) -> str:
 
 
 def _attack_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
-    from ..attacks import ATTACKS
+    from ..attacks import ATTACKS, needs_objective
     from ..core import registry
 
     if condition.attack is None:
@@ -150,7 +150,10 @@ def _attack_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
                 path: Key = ("params", key) if key in condition.params else (key,)
                 takes = did_you_mean(key, known) if known else " It takes none."
                 yield path, f"attack '{condition.attack}' has no parameter '{key}'.{takes}"
-    if not isinstance(condition.objectives, str):
+    known_attack = condition.attack in registry.attacks
+    if known_attack and "objectives" in condition.model_fields_set and not needs_objective(condition.attack):
+        yield ("objectives",), f"attack '{condition.attack}' takes no objectives"
+    elif not isinstance(condition.objectives, str):
         for j, name in enumerate(condition.objectives):
             if name not in registry.objectives:
                 yield ("objectives", j), _unknown("objective", name, [*registry.objectives])

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..attacks import CODE_VERSION as ATTACK_VERSION
-from ..attacks import applies, standard_objectives
+from ..attacks import applies, needs_objective, standard_objectives
 from ..certify import CODE_VERSION as CERTIFY_VERSION
 from ..core import registry
 from ..core.errors import UsageError
@@ -43,7 +43,8 @@ CODE_VERSIONS: Mapping[str, int] = {
 class Condition:
     """What is done to the image before a question is asked; `name` is how tables and records call it.
 
-    attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name.
+    attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name. objective
+    is "" where the attack takes none: a black box, a cascade.
     certifier, params: for kind "certify". per_modality: at most so many of the suite's questions; None is all.
     """
 
@@ -184,7 +185,10 @@ def _certificate(spec: ConditionSpec, model: ModelSpec | None) -> Condition:
 
 
 def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str]) -> Iterator[Condition]:
-    if isinstance(spec.objectives, str):
+    objectives: tuple[str, ...]
+    if not needs_objective(spec.attack or ""):
+        objectives = ("",)
+    elif isinstance(spec.objectives, str):
         objectives = standard_objectives(card.reasons, strong=spec.objectives == "strong")
     else:
         objectives = tuple(name for name in spec.objectives if applies(name, card.reasons))
@@ -197,7 +201,8 @@ def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str
         if not spec.at_eps(threat.eps == suite.threat.headline):
             continue
         for objective in objectives:
-            name = f"{spec.label}[{objective}]@{threat.label}"
+            bracket = f"[{objective}]" if objective else ""
+            name = f"{spec.label}{bracket}@{threat.label}"
             yield Condition("attack", name, spec.attack or "", objective, params, threat)
 
 
@@ -265,7 +270,8 @@ def _plugin_sources(condition: Condition) -> list[str]:
         return [source] if source else []
     if not condition.attack:
         return []
-    sources = [registry.attacks.source(condition.attack), registry.objectives.source(condition.objective)]
+    sources = [registry.attacks.source(condition.attack)]
+    sources += [registry.objectives.source(condition.objective)] if condition.objective else []
     return sources if any(sources) else []
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..core.errors import did_you_mean
-from ..core.types import ThreatModel, format_eps
+from ..core.types import Norm, ThreatModel, format_eps
 from .values import (
     Count,
     CountOrAll,
@@ -23,6 +23,7 @@ from .values import (
 )
 
 PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
+RESERVED = (*PLAIN_KINDS, "worst")
 PARAMETERS_OF = {
     "attack": ("steps", "restarts", "step_size", "rel_step"),
     "certify": ("sigma", "radii", "n", "n0", "alpha"),
@@ -99,7 +100,7 @@ class DataSpec(_Part):
 class ThreatSpec(_Part):
     """What the adversary may do."""
 
-    norm: Literal["linf", "l2"] = Field(default="linf", description="Norm of the perturbation over one image's values.")
+    norm: Norm = Field(default="linf", description="Norm of the perturbation over one image's values.")
     eps: tuple[Eps, ...] = Field(
         default=(2 / 255, 4 / 255, 8 / 255), min_length=1, description="Radii, on the [0, 1] pixel scale, e.g. 8/255."
     )
@@ -211,7 +212,7 @@ class ConditionSpec(_Part):
     objectives: Literal["all", "strong"] | tuple[Text, ...] = Field(
         default="all",
         description="What the attack maximises: names; `all` that are standard for the entry; or `strong`, those of "
-        "all that are not known to overstate the robustness of an entry that reasons.",
+        "all that are not known to overstate the robustness of an entry that reasons. Square and cascades take none.",
     )
     at: Literal["all", "headline", "other"] = Field(
         default="all", description="At every eps of the threat, at its headline alone, or at the others."
@@ -276,6 +277,8 @@ class ConditionSpec(_Part):
         allowed = {"kind", "models", *KEYS_OF.get(self.kind, ())}
         if extra := self.model_fields_set - allowed:
             raise ValueError(f"{self.kind} takes no {', '.join(sorted(extra))}")
+        if self.name in RESERVED:
+            raise ValueError(f"`name: {self.name}` would be taken for another row of the tables")
         if twice := set(PARAMETERS_OF.get(self.kind, ())) & set(self.params):
             raise ValueError(f"{', '.join(sorted(twice))} stands beside `{self.kind}`, not under params")
         return self

@@ -26,9 +26,11 @@ def parse_number(value: Any) -> float:
 
 
 def check_scale(norm: str | None, eps: float) -> None:
-    """ValueError where an L∞ eps cannot be meant on the [0, 1] pixel scale."""
+    """ValueError where an eps cannot be meant on the [0, 1] pixel scale: L∞ above 1, L1 below one 8-bit level."""
     if norm == "linf" and eps > 1:
         raise ValueError(f"{eps:g} is above 1: eps is on the [0, 1] pixel scale. Did you mean {eps:g}/255?")
+    if norm == "l1" and 0 < eps < 1 / 255:
+        raise ValueError(f"{eps:g} allows no change at all: an L1 eps is a sum over all values of an image, such as 12")
 
 
 def check_sigma(sigma: float) -> float:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from ..core import registry
 from ..core.errors import did_you_mean
-from ..core.types import ThreatModel
+from ..core.types import Norm, ThreatModel
 from ..suite.values import Count, Eps, Number, Text, Whole, check_scale
 
 Inner = Literal["reply", "rollout_nll", "advantage", "answer_ce", "no_think", "feature"]
@@ -39,7 +39,7 @@ class CurriculumSettings(Settings):
 class AdversarySettings(Settings):
     """The inner maximisation: the benchmark's own PGD on the images of a batch, one perturbation per prompt."""
 
-    norm: Literal["linf", "l2"] = Field(default="linf", description="Norm of the ball.")
+    norm: Norm = Field(default="linf", description="Norm of the ball.")
     eps: Eps = Field(description="Radius on the [0, 1] pixel scale, e.g. 4/255.")
     steps: Count = Field(
         default=1, description="Gradient steps (PGD, 1706.06083); 1 with a random start is 2001.03994."
