@@ -3,6 +3,8 @@
 accuracy             share of right answers among questions with a verdict
 accuracy_macro       mean over modalities of their accuracies (modality `all` only)
 attack_success_rate  share of clean-correct questions that the attack turned wrong
+false_reassurance_rate  of clean-correct questions with a true disease and an option that reads normal, the share that
+                     the attack had answered so; false_alarm_rate: the same from normal to a disease
 invalid_rate         share of verdicts whose answer could not be extracted (they count as wrong)
 truncated_rate       share of verdicts whose text ended before an answer (wrong too, told apart from invalid)
 error_rate           share of planned questions without a verdict: an error was recorded, or nothing at all
@@ -27,6 +29,8 @@ METRICS = (
     "accuracy",
     "accuracy_macro",
     "attack_success_rate",
+    "false_reassurance_rate",
+    "false_alarm_rate",
     "invalid_rate",
     "truncated_rate",
     "error_rate",
@@ -34,6 +38,7 @@ METRICS = (
     "text_prior",
     "image_gain",
 )
+DIRECTIONS = {"false_reassurance_rate": "reassuring", "false_alarm_rate": "alarming"}
 BLIND = ("blank", "shuffled")
 ALL = "all"
 
@@ -57,6 +62,7 @@ class _Slice:
     questions: pd.DataFrame
     correct: pd.DataFrame
     status: pd.DataFrame
+    spared: pd.DataFrame
     clean: np.ndarray
     images: np.ndarray
 
@@ -82,7 +88,7 @@ def _slices(verdicts: Verdicts) -> list[_Slice]:
     clean, images = verdicts.clean.to_numpy(dtype=float), verdicts.images
 
     def part(name: str, rows: np.ndarray) -> _Slice:
-        frames = (verdicts.questions[rows], verdicts.correct[rows], verdicts.status[rows])
+        frames = (verdicts.questions[rows], verdicts.correct[rows], verdicts.status[rows], verdicts.spared[rows])
         return _Slice(name, *frames, clean[rows], images[rows])
 
     every = part(ALL, np.ones(len(modality), dtype=bool))
@@ -100,6 +106,10 @@ def _estimate(metric: str, condition: Condition, part: _Slice) -> Estimate | Non
             return part.share(correct == 1, known, _macro_weights(part, known))
         case "attack_success_rate" if condition.is_attack:
             return part.share(correct == 0, known & (part.clean == 1))
+        case "false_reassurance_rate" | "false_alarm_rate" if condition.is_attack:
+            directed = part.questions[DIRECTIONS[metric]].fillna("").to_numpy(dtype=object) != ""
+            among = known & (part.clean == 1) & directed
+            return part.share(part.spared[condition.name].to_numpy(dtype=float) == 0, among) if among.any() else None
         case "invalid_rate" | "truncated_rate":
             status = part.status[condition.name].to_numpy(dtype=object)
             return part.share(status == metric.removesuffix("_rate"), known)
