@@ -350,3 +350,9 @@ def test_donors_depend_on_the_seed_and_skip_unreadable_images() -> None:
     donors = choose_donors(broken, 0)
     assert "q99" not in donors.values() and donors["q99"] in {"q0", "q1", "q2"}
     assert choose_donors([question(0)], 0) == {"q0": "q0"}
+
+
+@pytest.mark.parametrize("name", ["worst", "noise", "clean"])
+def test_no_attack_takes_the_name_of_another_row(name: str) -> None:
+    with pytest.raises(ValueError, match="would be taken for another row"):
+        suite(conditions=[PGD | {"name": name}])
