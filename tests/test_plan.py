@@ -105,6 +105,17 @@ def test_strong_objectives_and_the_eps_they_are_used_at() -> None:
     assert names(conditions=[conditions[1], "clean"], threat={"eps": ["8/255"]}) == ["clean"]
 
 
+def test_a_black_box_and_a_cascade_are_one_cell_at_each_eps() -> None:
+    threat = {"eps": ["2/255", "4/255"]}
+    found = names(conditions=[{"attack": "safemed-attack"}, {"attack": "square", "at": "headline"}], threat=threat)
+    assert found == ["safemed-attack@linf:2/255", "safemed-attack@linf:4/255", "square@linf:4/255"]
+    made = plan(conditions=[{"attack": "safemed-attack", "steps": 5, "params": {"queries": 9}}], threat=threat)
+    condition = made.cells[0].condition
+    assert (condition.attack, condition.objective) == ("safemed-attack", "")
+    assert condition.params == (("queries", 9), ("steps", 5))
+    assert names(conditions=[{"attack": "square"}], threat={"norm": "l1", "eps": [12]}) == ["square@l1:12"]
+
+
 def test_an_objective_that_does_not_apply_is_left_out_and_said() -> None:
     mixed = plan(conditions=[PGD | {"objectives": ["decision_slot", "answer"]}])
     assert {cell.condition.objective for cell in mixed.cells} == {"answer"}
@@ -339,3 +350,9 @@ def test_donors_depend_on_the_seed_and_skip_unreadable_images() -> None:
     donors = choose_donors(broken, 0)
     assert "q99" not in donors.values() and donors["q99"] in {"q0", "q1", "q2"}
     assert choose_donors([question(0)], 0) == {"q0": "q0"}
+
+
+@pytest.mark.parametrize("name", ["worst", "noise", "clean"])
+def test_no_attack_takes_the_name_of_another_row(name: str) -> None:
+    with pytest.raises(ValueError, match="would be taken for another row"):
+        suite(conditions=[PGD | {"name": name}])

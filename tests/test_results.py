@@ -328,3 +328,44 @@ def test_condition_names() -> None:
 def test_results_need_no_torch() -> None:
     code = "import sys, safemed_bench.results, safemed_bench.results.terminal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_two_clinical_errors_are_told_apart(tmp_path: Path) -> None:
+    """q0 to q3 have a true disease and option C normal (q3 was wrong before), q4 is normal, q5 has no direction."""
+    attacks = {"pgd[directed]@linf:4/255": (2, 0, 1, 2, 1, 1), "pgd[answer]@linf:4/255": (0, 2, 0, 0, 0, 1)}
+    records = cell("cot", "clean", "111011")
+    for condition, answers in attacks.items():
+        for i, answer in enumerate(answers):
+            records.append(record("cot", condition, f"q{i}", answer == 0, answer=answer))
+    directions = [{"reassuring": "C", "alarming": ""}] * 4 + [{"reassuring": "", "alarming": "B"}, {}]
+    questions = [{"id": f"q{i}", **direction} for i, direction in enumerate(directions)]
+    summary = summarise(write_run(tmp_path / "run", records, {"questions": questions}))
+
+    def rates(condition: str) -> list[tuple[float, int]]:
+        rows = [value(summary, condition, f"false_{kind}_rate") for kind in ("reassurance", "alarm")]
+        return [(row["value"], row["n"]) for row in rows]
+
+    assert rates("pgd[directed]@linf:4/255") == [(round(1 / 3, 6), 3), (1.0, 1)]
+    assert rates("pgd[answer]@linf:4/255") == [(round(1 / 3, 6), 3), (0.0, 1)]
+    assert rates("worst@linf:4/255") == [(round(2 / 3, 6), 3), (1.0, 1)]
+    assert not has(summary, "clean", "false_alarm_rate")
+
+
+def test_without_directions_there_are_no_such_rates(mini: dict[str, Any]) -> None:
+    assert not has(mini, "worst@linf:4/255", "false_reassurance_rate")
+
+
+def test_a_cascade_is_an_attack_of_its_own_and_is_not_counted_twice(tmp_path: Path) -> None:
+    name = "safemed-attack@linf:4/255"
+    parsed = Condition.parse(name)
+    assert (parsed.kind, parsed.objective, parsed.is_attack) == ("safemed-attack", None, True)
+    records = [*(r for r in MINI if "fgsm" not in r.condition), *cell("cot", name, "100101")]
+    summary = summarise(write_run(tmp_path / "run", records))
+    assert (value(summary, name, "accuracy")["value"], value(summary, name, "accuracy")["n"]) == (0.5, 6)
+    alone = summarise(write_run(tmp_path / "alone", [*cell("cot", "clean", "111101"), *cell("cot", name, "100101")]))
+    assert value(alone, "worst@linf:4/255", "accuracy") == value(alone, name, "accuracy") | {
+        "condition": "worst@linf:4/255"
+    }
+    # By question, both together: 1 0 0 0 0 0.
+    assert value(summary, "worst@linf:4/255", "accuracy")["value"] == round(1 / 6, 6)
+    assert summary["coverage"]["planned"] == 7 * 6

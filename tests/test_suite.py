@@ -177,6 +177,8 @@ def test_wrong_models(write: Write, models: str, key: str, words: str) -> None:
         ("{attack: ^pdg}", ".attack", "unknown attack 'pdg'. Did you mean 'pgd'?"),
         ("{attack: pgd, ^step: 3}", ".step", "Did you mean 'steps'?"),
         ("{attack: pgd, steps: ^0}", ".steps", "greater than or equal to 1, not 0"),
+        ("{attack: square, objectives: ^[answer]}", ".objectives", "attack 'square' takes no objectives"),
+        ("{attack: safemed-attack, restarts: ^3}", ".restarts", "attack 'safemed-attack' has no parameter 'restarts'"),
         ("{attack: fgsm, steps: ^3}", ".steps", "attack 'fgsm' has no parameter 'steps'"),
         ("{attack: pgd, params: {momentum: ^1}}", ".params.momentum", "no parameter 'momentum'"),
         ("{attack: pgd, objectives: [^answr]}", ".objectives.0", "Did you mean 'answer'?"),

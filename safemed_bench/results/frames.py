@@ -5,10 +5,9 @@ tables of question x condition. Aggregates over attacks are more columns of the 
 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
 (a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons, smooth}]; `cells`
-[{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id, modality, question_type,
-image_sha256, n_options, text_prior}] in the plan's order (without them a question is known to be missing only where
-another cell has it); `provenance` (copied into the
-summary).
+[{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id and the
+QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has it);
+`provenance` (copied into the summary).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import pandas as pd
 
 from ..core import journal
 from ..core.errors import DataError
-from ..core.types import MODALITIES, Record
+from ..core.types import LETTERS, MODALITIES, Record
 
 RECORDS = "records.jsonl"
 RUN = "run.json"
@@ -34,8 +33,8 @@ COLUMNS = tuple(f.name for f in fields(Record) if f.name not in HEAVY)
 CERTIFICATE = ("candidate", "decisions")
 """What is kept of a certificate's `extra`."""
 NO_ATTACK = ("noise", "certify", "certified")
-QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options", "text_prior")
-"""What is known of a question; all but `text_prior` also stands in each of its records."""
+QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options", "text_prior", "reassuring", "alarming")
+"""What is known of a question; all but the last three also stands in each of its records."""
 
 _CONDITION = re.compile(r"(?P<kind>[^\[@]+)(?:\[(?P<objective>[^\]]*)\])?(?:@(?P<threat>.+))?")
 
@@ -67,8 +66,10 @@ class Verdicts:
     """What one model answered; rows are questions in the order of the plan, columns are conditions.
 
     questions: index question id; columns modality, question_type, image_sha256, n_options, text_prior (whether the
-    text-only lookup answers it, NaN where that is not known).
+    text-only lookup answers it, NaN where that is not known), reassuring and alarming (letters of the options that
+    call a true disease normal, or a true normal a disease; NaN or "" for none).
     correct: 1.0 right, 0.0 wrong, NaN missing. status: "valid", "invalid", "truncated", "abstain", or NaN.
+    spared: 0.0 where one of these letters is answered, 1.0 where not, NaN missing.
     clean: the verdict on the untouched image, from the clean cell or, where the suite has none, from attack records.
     errors: (condition, question id, message) of every record with an error.
     asked: condition -> ids of its questions, only where these are not all. certificates: one row per certificate,
@@ -81,6 +82,7 @@ class Verdicts:
     questions: pd.DataFrame
     correct: pd.DataFrame
     status: pd.DataFrame
+    spared: pd.DataFrame
     clean: pd.Series
     errors: tuple[tuple[str, str, str], ...] = ()
     asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -229,10 +231,22 @@ def _verdicts(model: str, conditions: list[str], questions: pd.DataFrame, rows: 
         questions=questions,
         correct=correct,
         status=table("status").where(correct.notna()),
+        spared=_spared(table("answer"), questions).where(correct.notna()),
         clean=correct["clean"] if "clean" in conditions else table("clean_correct").bfill(axis=1).iloc[:, 0],
         errors=tuple(named.itertuples(index=False, name=None)),
         certificates=rows[(rows["samples"].notna()) & (rows["error"] == "")],
     )
+
+
+def _spared(answers: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
+    """1.0 where the option index that was answered is not of the clinically opposite meaning, 0.0 where it is."""
+    letters = questions["reassuring"].fillna("") + questions["alarming"].fillna("")
+    opposite = [{LETTERS.index(letter) for letter in word} for word in letters]
+    spared = {
+        name: [float(answer not in among) for answer, among in zip(answers[name], opposite, strict=True)]
+        for name in answers
+    }
+    return pd.DataFrame(spared, index=answers.index, columns=answers.columns)
 
 
 def with_worst_cases(verdicts: Verdicts) -> Verdicts:
@@ -247,14 +261,14 @@ def with_worst_cases(verdicts: Verdicts) -> Verdicts:
         if condition.is_attack:
             members.setdefault(f"{condition.kind}@{condition.threat}", []).append(condition.name)
             members.setdefault(f"worst@{condition.threat}", []).append(condition.name)
-    correct, status = verdicts.correct.copy(), verdicts.status.copy()
+    correct, status, spared = verdicts.correct.copy(), verdicts.status.copy(), verdicts.spared.copy()
     for name, columns in members.items():
         if name.startswith("worst@") and "clean" in verdicts.correct:
             columns.append("clean")
         if name not in verdicts.correct:
-            correct[name] = _worst(verdicts.correct[columns])
+            correct[name], spared[name] = _worst(verdicts.correct[columns]), _worst(verdicts.spared[columns])
             status[name] = _worst_status(verdicts.correct[columns], verdicts.status[columns], correct[name])
-    return replace(verdicts, correct=correct, status=status)
+    return replace(verdicts, correct=correct, status=status, spared=spared)
 
 
 def _worst(correct: pd.DataFrame) -> pd.Series:

@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.clinical import opposite_options, reads_normal
 from ..core.journal import write_atomic
-from ..core.types import ThreatModel
+from ..core.types import LETTERS, Question, ThreatModel
 from ..suite.plan import asked
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "image_sha256": q.image_sha256,
                 "n_options": len(q.options),
                 "text_prior": dataset.text_prior.get(q.id),
+                **_opposite(q),
             }
             for q in dataset.questions
         ],
@@ -99,6 +101,13 @@ def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     if len(chosen) < len(plan.dataset.questions):
         described["questions"] = [question.id for question in chosen]
     return described
+
+
+def _opposite(question: Question) -> dict[str, str]:
+    """Letters of the options whose clinical meaning is the other one, by what such an answer would do."""
+    letters = "".join(LETTERS[i] for i in opposite_options(question.options, question.answer))
+    normal = reads_normal(question.options[question.answer])
+    return {"reassuring": "" if normal else letters, "alarming": letters if normal else ""}
 
 
 def environment() -> dict[str, Any]:
