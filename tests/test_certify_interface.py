@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -23,6 +23,7 @@ from safemed_bench.certify.evidence import (
     needed_probability,
     sequential_needs,
 )
+from safemed_bench.certify.panel import LEAST, certify_many
 from safemed_bench.certify.sequential import Sequential
 from safemed_bench.core import registry
 from safemed_bench.core.errors import UsageError
@@ -91,6 +92,58 @@ def test_neither_batch_size_nor_interruption_changes_a_certificate(certifier: Ce
         assert taken_up == state
         assert certifier(model, image, seed=9, batch_size=13, state=taken_up) == whole
     assert certifier(model, image, seed=10) != whole or whole.counts == {0: whole.n}
+
+
+@pytest.mark.parametrize("certifier", CERTIFIERS_UNDER_TEST)
+def test_many_at_a_time_are_the_same_certificates(certifier: Certifier) -> None:
+    """Whoever shares a batch with whom, and wherever it is cut; `near` never certifies and ends at another time."""
+    margins = (0.9, 0.02, 0.25, 0.6, -0.4, 0.1)
+    images = [picture(seed=number) for number in range(len(margins))]
+    models = [Linear(margin, image, 40 + k) for k, (margin, image) in enumerate(zip(margins, images, strict=True))]
+    seeds = [100 + k for k in range(len(margins))]
+    alone = [certifier(m, i, seed=s) for m, i, s in zip(models, images, seeds, strict=True)]
+    assert len({proof.verdict for proof in alone}) > 1 and len({proof.answer for proof in alone}) > 1
+
+    def predict(noisy: Tensor, owners: Sequence[int]) -> list[int]:
+        assert len(noisy) == len(owners) <= size
+        return [models[owner](one[None])[0] for owner, one in zip(owners, noisy, strict=True)]
+
+    for size in (1, 7, 64, 256):
+        saves: list[dict[int, State]] = []
+        held: dict[int, State] = {}
+
+        def save(moved: Mapping[int, State], held: dict = held, saves: list = saves) -> None:
+            held |= moved
+            saves.append(dict(held))
+
+        assert certify_many(certifier, predict, images, seeds=seeds, batch_size=size, save=save) == alone
+        for states in saves[:: max(1, len(saves) // 12)] + saves[-1:]:
+            taken_up = {k: State.from_dict(json.loads(json.dumps(state.to_dict()))) for k, state in states.items()}
+            assert certify_many(certifier, predict, images, seeds=seeds, batch_size=size, states=taken_up) == alone
+        cut = saves[len(saves) // 2]
+        left = sum(proof.n + certifier.n0 for proof in alone) - sum(s.selected + s.tested for s in cut.values())
+        shown = 0
+
+        def counted(noisy: Tensor, owners: Sequence[int]) -> list[int]:
+            nonlocal shown
+            shown += len(owners)
+            return predict(noisy, owners)
+
+        certify_many(certifier, counted, images, seeds=seeds, batch_size=size, states=cut)
+        beyond = len(images) * max(LEAST, size)  # drawn in the batch in which a test ends
+        assert left <= shown <= left + (beyond if certifier.name == "sequential" else 0)
+
+
+def test_many_pictures_are_checked_like_one() -> None:
+    certifier = Cohen(0.5, n=100, n0=10)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        certify_many(certifier, lambda noisy, owners: [0] * len(owners), [picture(), picture() + 1], seeds=[1, 2])
+    with pytest.raises(ValueError, match="gave 1 answers for 2"):
+        certify_many(certifier, lambda noisy, owners: [0], [picture()], seeds=[1], batch_size=2)
+    state = certifier.start(7)
+    with pytest.raises(ValueError, match="belongs to another"):
+        certify_many(certifier, lambda noisy, owners: [0], [picture()], seeds=[1], states={0: state})
+    assert certify_many(certifier, lambda noisy, owners: [], [], seeds=[]) == []
 
 
 def test_noise_is_the_same_sample_by_sample_and_phases_differ() -> None:

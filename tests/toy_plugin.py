@@ -2,6 +2,7 @@
 
 `toy_slow` sleeps as long as TOY_DELAY says (seconds per call); `toy_deadly` kills its process and `toy_raising` raises
 when it meets the question `poison`; `toy_mortal` kills its process once, if the file TOY_KILL_ONCE is there;
+`toy_patient` takes TOY_DELAY seconds for every answer and notes in the file TOY_COUNT how many pictures it answered;
 `toy_hungry` runs out of memory above two images; `toy_faulty` fails on every blank image; `toy_absent` cannot be
 built.
 """
@@ -48,6 +49,18 @@ class Slow(Toy):
     def prepare(self, questions, canvas):
         time.sleep(float(os.environ.get("TOY_DELAY", "0")))
         return super().prepare(questions, canvas)
+
+
+@models.register("toy_patient")
+class Patient(Toy):
+    """Gives a test time to kill it in the middle of a certificate, and keeps count."""
+
+    def answer(self, batch, pixels, **options):
+        time.sleep(float(os.environ.get("TOY_DELAY", "0")))
+        if count := os.environ.get("TOY_COUNT"):
+            with Path(count).open("a") as file:
+                file.write(f"{len(batch)}\n")
+        return super().answer(batch, pixels, **options)
 
 
 @models.register("toy_deadly")

@@ -25,6 +25,7 @@ PLUGIN = Path(__file__).parent / "toy_plugin.py"
 SIDE = 16
 OPTIONS = ("cyst", "mass", "normal", "nodule")
 PGD = {"attack": "pgd", "steps": 5}
+COHEN = {"certify": "cohen", "sigma": 0.25, "n": 100, "n0": 20}
 
 
 def toy_dataset(folder: Path, count: int = 12) -> Dataset:
@@ -55,7 +56,7 @@ def toy_dataset(folder: Path, count: int = 12) -> Dataset:
 
 
 def toy_plan(
-    dataset: Dataset, models: tuple[str, ...] = ("toy",), conditions: tuple[Any, ...] = ("clean",), **run: Any
+    dataset: Dataset, models: tuple[Any, ...] = ("toy",), conditions: tuple[Any, ...] = ("clean",), **run: Any
 ) -> Plan:
     load_plugin_file(PLUGIN)
     suite = Suite.model_validate(
@@ -82,8 +83,9 @@ def records(folder: Path, name: str = "records.jsonl") -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    images, output, workers = sys.argv[1:]
-    slow = toy_plan(toy_dataset(Path(images)), ("toy_slow",), ("clean", PGD))
+    images, output, workers, *certify = sys.argv[1:]
+    what = (("toy_patient",), (COHEN,)) if certify else (("toy_slow",), ("clean", PGD))
+    slow = toy_plan(toy_dataset(Path(images)), *what, batch_size=16 if certify else "auto")
     try:
         execute(slow, Path(output), workers=int(workers), plugins=[PLUGIN], reporter=PlainReporter(every=0.2))
     except Exception as error:

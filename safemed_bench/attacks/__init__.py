@@ -24,12 +24,13 @@ CODE_VERSION = 1
 @dataclass(frozen=True, slots=True)
 class AttackInfo:
     """target: `module:Class`. parameters: what a suite may set, beside the objectives. objectives: whether it takes
-    any; a black box and a cascade do not."""
+    any; a black box and a cascade do not. needs_sigma: of the noise, from the suite or from a smoothed entry."""
 
     target: str
     summary: str
     parameters: tuple[str, ...] = ()
     objectives: bool = True
+    needs_sigma: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ ATTACKS: dict[str, AttackInfo] = {
         "safemed_bench.attacks.smoothadv:SmoothAdv",
         "PGD on the smoothed model: mean probability over noisy copies (Salman, 1906.04584)",
         (*_PGD, "draws", "sigma"),
+        needs_sigma=True,
     ),
     "eot": AttackInfo(
         "safemed_bench.attacks.smoothadv:EOT",

@@ -21,6 +21,9 @@ from ..models.base import Batch, VisionLanguageModel
 from .pursuit import Prepared, Pursuit, Reading
 from .threat import norms, project
 
+DRAWS = 3
+"""Of a randomised model, how many of the attack's own draws must all be fooled before it takes that for a success."""
+
 
 class Objective(ABC):
     """What an attack maximises. `prepare` is given questions that the model answers rightly, and these answers."""
@@ -138,7 +141,7 @@ class Attack(ABC):
         chosen, answers = batch.select(places), [clean_answers[i] for i in places]
 
         def verdict(rows: Tensor, images: Tensor) -> list[Answer]:
-            return model.answer(chosen.select(rows), images.float() / 255, generator=_own_stream())
+            return _verdict(model, chosen.select(rows), images.float() / 255)
 
         with frozen(model):
             prepared = self.surrogate(objective.prepare(model, chosen, answers), model, [generators[i] for i in places])
@@ -150,7 +153,7 @@ class Attack(ABC):
                 [generators[i] for i in places],
                 verdict,
                 [q.answer for q in chosen.questions],
-                costly=model.decode == "generate",
+                costly=model.decode == "generate" or getattr(model, "randomised", False),
             )
             self.perturb(pursuit)
         return _gather(batch, clean_answers, places, pursuit, prepared.extra)
@@ -169,16 +172,29 @@ class Attack(ABC):
         return Maximum(project(threat, pursuit.peak_delta, clean), pursuit.dead)
 
 
-def _own_stream() -> torch.Generator:
+def _verdict(model: VisionLanguageModel, batch: Batch, pixels: Tensor) -> list[Answer]:
+    """The deployed path; of a randomised model wrong only where `DRAWS` draws all are, so that no attack ends with the
+    first lucky one."""
+    answers = model.answer(batch, pixels, generator=_own_stream(0))
+    for number in range(1, DRAWS if getattr(model, "randomised", False) else 1):
+        wrong = [i for i, q in enumerate(batch.questions) if answers[i].index != q.answer]
+        if not wrong:
+            break
+        again = model.answer(batch.select(wrong), pixels[wrong], generator=_own_stream(number))
+        for i, answer in zip(wrong, again, strict=True):
+            answers[i] = answer if answer.index == batch.questions[i].answer else answers[i]
+    return answers
+
+
+def _own_stream(number: int) -> torch.Generator:
     """Of a randomised model's draws the attack sees other ones than the deployed path's and the judge's."""
-    return torch.Generator().manual_seed(derive_seed("attack verdict"))
+    return torch.Generator().manual_seed(derive_seed("attack verdict", number))
 
 
 @contextmanager
 def frozen(model: VisionLanguageModel) -> Iterator[None]:
     """No parameter of the model asks for a gradient inside; each gets its own setting back at the end."""
-    owners = [model, *getattr(model, "__dict__", {}).values()]
-    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    modules = [owner for owner in _owners(model) if isinstance(owner, nn.Module)]
     parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     for parameter in parameters.values():
         parameter.requires_grad_(False)
@@ -187,6 +203,14 @@ def frozen(model: VisionLanguageModel) -> Iterator[None]:
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+
+
+def _owners(model: object) -> Iterator[object]:
+    """The model, what it holds, and the same of the entry that a smoothed one stands on."""
+    held = getattr(model, "__dict__", {})
+    yield from (model, *held.values())
+    if "base" in held:
+        yield from _owners(held["base"])
 
 
 def _gather(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,12 +60,14 @@ class SmoothAdv(PGD):
     """PGD on the smoothed model (Salman et al., 1906.04584): the log of the mean probability over noisy copies.
 
     draws: copies per step. sigma: of the noise, [0, 1] pixel scale; None is that of the smoothed entry under attack.
-    Raises UsageError where neither names one.
+    keep: the last iterate, for the best by a loss that is noise would be the luckiest. Raises UsageError where nobody
+    names a sigma.
     """
 
     name: ClassVar[str] = "smoothadv"
     likelihood: ClassVar[bool] = True
 
+    keep: Literal["best", "last"] = "last"
     draws: int = 4
     sigma: float | None = None
 

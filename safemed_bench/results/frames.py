@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,15 @@ class Condition:
     def is_attack(self) -> bool:
         """An adversary's condition, single or aggregated; random noise is not one."""
         return self.threat is not None and self.kind not in NO_ATTACK
+
+    @property
+    def norm(self) -> str:
+        return (self.threat or "").partition(":")[0]
+
+    @property
+    def eps(self) -> float:
+        """The size in the threat's label, `linf:4/255` or `l2:0.5`; 0 where there is none."""
+        return float(Fraction((self.threat or ":0").partition(":")[2]))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pandas as pd
 from ..core.journal import write_atomic
 from . import tables
 from .certified import certified
+from .diagnostics import diagnose
 from .frames import Condition, Run, Verdicts, load_run, with_worst_cases
 from .metrics import Measure, measures
 
@@ -55,6 +56,7 @@ def summary_of(run: Run) -> dict[str, Any]:
         "models": [{"name": v.model, "reasons": _reasons(info, v.model)} for v in all_verdicts],
         "coverage": coverage,
         "estimates": [_row(measure) for verdicts in all_verdicts for measure in _all(verdicts)],
+        "diagnostics": [row for verdicts in run.verdicts for row in diagnose(verdicts)],
         "provenance": info.get("provenance", {}),
     }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +78,7 @@ class Numbers:
         """Noise, each attack (worst of its objectives) and the worst of all, each at every eps, the smallest first."""
         order = {"noise": 0, "fgsm": 1, "worst": 3}
         found = [c for c in self.conditions if c.threat and c.objective is None]
-        return sorted(found, key=lambda c: (order.get(c.kind, 2), c.kind, _eps(c)))
+        return sorted(found, key=lambda c: (order.get(c.kind, 2), c.kind, c.eps))
 
     @property
     def main(self) -> list[Condition]:
@@ -95,11 +94,6 @@ class Numbers:
 
     def reasons(self, model: str) -> bool:
         return any(m["name"] == model and m["reasons"] for m in self.summary["models"])
-
-
-def _eps(condition: Condition) -> float:
-    """The size in a threat's label, `linf:4/255` or `l2:0.5`."""
-    return float(Fraction((condition.threat or ":0").partition(":")[2]))
 
 
 def build(summary: Mapping[str, Any]) -> list[Table]:
@@ -207,7 +201,7 @@ def objectives(numbers: Numbers) -> Table:
 
 def certified(numbers: Numbers) -> Table:
     """Accuracy that is proven inside an L2 ball, per model and modality; never beside an empirical L∞ number."""
-    radii = sorted(numbers.certificates, key=lambda c: (c.objective or "", _eps(c)))
+    radii = sorted(numbers.certificates, key=lambda c: (c.objective or "", c.eps))
     rows = []
     for model in numbers.models:
         for modality in numbers.modalities(model):
@@ -238,7 +232,7 @@ def _ball(numbers: Numbers, condition: Condition) -> str:
     same = next(filter(None, cells), None)
     inside = f" ({same.value * 255:.2g}/255)" if same else ""
     which = f" {condition.objective}" if condition.objective else ""
-    return f"L2 {_eps(condition):g}{inside}{which}"
+    return f"L2 {condition.eps:g}{inside}{which}"
 
 
 def validity(numbers: Numbers) -> Table:

@@ -116,6 +116,7 @@ class Work:
         except BaseException as error:
             run_file.finish(type(error).__name__)
             raise
+        partial.sweep(folder, self.journal.records.keys())
         self._export()
         outcome = self.outcome()
         run_file.finish("complete" if not outcome.missing else "incomplete", units=outcome.total, errors=outcome.errors)

@@ -1,7 +1,8 @@
 """Certificates on their way: the counts so far of each question, so that a killed certificate goes on where it was.
 
 One file per chunk of a cell, `partial/<cell>/<chunk>-<hash of the unit keys>.jsonl`: a line says how far one unit is,
-and the last line of a unit counts. Written by the worker, removed by the parent once the chunk's records are safe.
+and the last line of a unit counts. Written by the worker, removed by the parent once the chunk's records are safe. A
+part of a chunk that failed as a whole has a file of its own and goes on from the whole's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,23 +31,48 @@ def path_of(folder: Path, job: Job) -> Path:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Unit key -> its last state; a torn last line, as after a crash, says nothing."""
-    if not path.is_file():
-        return {}
-    held = {}
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        entry = json.loads(line)
-        held[entry["key"]] = entry["state"]
+    """Unit key -> its furthest state in the files of the chunk that `path` belongs to."""
+    chunk = path.name.rpartition("-")[0]
+    held: dict[str, dict[str, Any]] = {}
+    for file in sorted(path.parent.glob(f"{chunk}-*.jsonl")):
+        for key, state in _lines(file):
+            if key not in held or _drawn(state) >= _drawn(held[key]):
+                held[key] = state
     return held
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(unit key, state) per line. A line that was torn by a crash says nothing: its samples are drawn again."""
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            entry = json.loads(line)
+            found = entry["key"], entry["state"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield found
+
+
+def _drawn(state: Mapping[str, Any]) -> int:
+    return sum(state["selection"].values()) + sum(state["test"].values())
+
+
+def sweep(folder: Path, settled: Collection[str]) -> None:
+    """Remove the files whose units all have records, such as that of a chunk that was done in parts in the end."""
+    for path in (folder / FOLDER).glob("*/*.jsonl"):
+        if all(key in settled for key, _ in _lines(path)):
+            _remove(path)
 
 
 def discard(folder: Path, job: Job) -> None:
     """The job's records are in the journal."""
     if job.kind != "certify":
         return
-    path = path_of(folder, job)
+    _remove(path_of(folder, job))
+
+
+def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
-    for parent in (path.parent, folder / FOLDER):
+    for parent in (path.parent, path.parent.parent):
         with contextlib.suppress(OSError):  # not empty, or never made
             parent.rmdir()
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ..core.errors import Problem, UsageError, did_you_mean
 from .document import Document, Key
 from .schema import ConditionSpec, Suite
+from .values import check_sigma
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -117,7 +118,12 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
         if model.prompt is not None and model.prompt not in PROMPTS:
             yield problem(("models", i, "prompt"), _unknown("prompt", model.prompt, [*PROMPTS]))
     for i, condition in enumerate(suite.conditions):
-        found = (*_scope_problems(condition, suite), *_attack_problems(condition), *_certify_problems(condition, suite))
+        found = (
+            *_scope_problems(condition, suite),
+            *_attack_problems(condition),
+            *_noise_problems(condition, suite),
+            *_certify_problems(condition, suite),
+        )
         for key, message in found:
             yield problem(("conditions", i, *key), message)
 
@@ -157,6 +163,27 @@ def _attack_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
         for j, name in enumerate(condition.objectives):
             if name not in registry.objectives:
                 yield ("objectives", j), _unknown("objective", name, [*registry.objectives])
+
+
+def _noise_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
+    """A smoothing-aware attack whose noise nobody names, or names on the wrong scale."""
+    from ..attacks import ATTACKS
+
+    info = ATTACKS.get(condition.attack or "")
+    if info is None or "sigma" not in info.parameters:
+        return
+    if (sigma := condition.params.get("sigma")) is not None:
+        try:
+            check_sigma(sigma)
+        except (ValueError, TypeError) as error:
+            yield (
+                ("params", "sigma"),
+                str(error) if isinstance(sigma, int | float) else f"must be a number, not {sigma!r}",
+            )
+        return
+    bare = [m.name for m in suite.models if condition.is_for(m.name) and m.smooth is None]
+    if info.needs_sigma and bare:
+        yield ("attack",), f"needs `params: {{sigma: ...}}`, for entry '{bare[0]}' is not smoothed and brings none"
 
 
 def _scope_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:

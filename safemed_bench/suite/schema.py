@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -150,6 +151,16 @@ class SmoothSpec(_Part):
     @classmethod
     def _on_the_pixel_scale(cls, value: float) -> float:
         return check_sigma(value)
+
+    @model_validator(mode="after")
+    def _can_be_clear(self) -> SmoothSpec:
+        least = math.ceil(1 + math.log2(1 / self.alpha) - 1e-9)
+        if self.n < least:
+            raise ValueError(
+                f"n = {self.n} copies always abstain at alpha = {self.alpha:g}, even if all agree; "
+                f"the smallest n that does not is {least}"
+            )
+        return self
 
 
 class ModelSpec(_Part):
