@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from ..core.seeds import derive_seed
 from ..core.types import Answer, Question
 from .base import Batch, Decode, Text, VisionLanguageModel
 
-AT_ONCE = 64
-"""Noisy copies in one batch, where nobody measures what memory allows."""
+AT_ONCE = 256
+"""Noisy copies in one batch, or fewer where memory ends."""
 
 InBatches = Callable[[str, Sequence[int], Callable[[Sequence[int]], None]], None]
 
@@ -37,9 +39,8 @@ def labels(model: VisionLanguageModel, batch: Batch, pixels: Tensor) -> list[int
     return [INVALID if index is None else index for index in found]
 
 
-def _in_batches(kind: str, items: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
-    for start in range(0, len(items), AT_ONCE):
-        work(items[start : start + AT_ONCE])
+def _at_once(kind: str, items: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
+    work(items)
 
 
 class Smoothed:
@@ -57,7 +58,7 @@ class Smoothed:
         self.name, self.reasons, self.resolution, self.device = base.name, base.reasons, base.resolution, base.device
         self.decode: Decode = base.decode
         self.fingerprint = f"{base.fingerprint}-smoothed-{sigma:g}-{n}-{alpha:g}"
-        self.in_batches: InBatches = _in_batches
+        self.in_batches: InBatches = _at_once
 
     def prepare(self, questions: Sequence[Question], canvas: Tensor) -> Batch:
         return self.base.prepare(questions, canvas)
@@ -95,20 +96,22 @@ class Smoothed:
         """
         seed = 0 if generator is None else generator.initial_seed()
         images = (pixels.detach() * 255).round().clamp(0, 255) / 255
-        return [
-            self._elected(batch.select([i]), images[i], derive_seed(seed, "smoothed", question.id))
-            for i, question in enumerate(batch.questions)
-        ]
-
-    def _elected(self, one: Batch, image: Tensor, seed: int) -> Answer:
+        seeds = [derive_seed(seed, "smoothed", question.id) for question in batch.questions]
+        copies = [(i, number) for i in range(len(batch)) for number in range(self.n)]
         votes: list[Answer] = []
 
-        def ask(copies: Sequence[int]) -> None:
-            noisy = image + self.sigma * noise(image, seed, "vote", copies[0], len(copies))
-            votes.extend(self.base.answer(one.repeat(len(copies)), noisy))
+        def ask(places: Sequence[int]) -> None:
+            rows = [copies[place] for place in places]
+            noisy = [self._noisy(images[i], seeds[i], [n for _, n in some]) for i, some in groupby(rows, itemgetter(0))]
+            votes.extend(self.base.answer(batch.select([i for i, _ in rows]), torch.cat(noisy)))
 
-        self.in_batches("votes", range(self.n), ask)
-        return elect(votes, self.alpha)
+        for start in range(0, len(copies), AT_ONCE):
+            self.in_batches("votes", range(start, min(start + AT_ONCE, len(copies))), ask)
+        return [elect(votes[i * self.n : (i + 1) * self.n], self.alpha) for i in range(len(batch))]
+
+    def _noisy(self, image: Tensor, seed: int, numbers: Sequence[int]) -> Tensor:
+        """The copies of these (consecutive) numbers."""
+        return image + self.sigma * noise(image, seed, "vote", numbers[0], len(numbers))
 
 
 def elect(votes: Sequence[Answer], alpha: float) -> Answer:

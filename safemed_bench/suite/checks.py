@@ -188,7 +188,8 @@ def _noise_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Ke
 
 def _scope_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
     names = [model.name for model in suite.models]
-    for j, name in enumerate(condition.models or ()):
+    listed = condition.models if isinstance(condition.models, tuple) else ()
+    for j, name in enumerate(listed):
         if name not in names:
             yield ("models", j), f"'{name}' is not an entry of this suite.{did_you_mean(name, names)}"
 
@@ -204,7 +205,7 @@ def _certify_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[
         yield ("certify",), _unknown("certifier", condition.certify, [*registry.certifiers])
         return
     sigmas = set()
-    for model in filter(lambda m: condition.is_for(m.name), suite.models):
+    for model in filter(lambda m: condition.is_for(m.name, m.smooth is not None), suite.models):
         own = model.smooth.sigma if model.smooth else None
         if own is None and condition.sigma is None:
             yield ("certify",), f"needs `sigma`, for entry '{model.name}' is not smoothed and brings none of its own"

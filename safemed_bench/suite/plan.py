@@ -162,7 +162,7 @@ def conditions_for(
 ) -> Iterator[Condition]:
     """The suite's conditions for one entry, in the suite's order; what does not apply to it goes into `notes`."""
     for spec in suite.conditions:
-        if not spec.is_for(card.name):
+        if not spec.is_for(card.name, model is not None and model.smooth is not None):
             continue
         if spec.kind == "certify":
             yield _certificate(spec, model)
@@ -215,7 +215,8 @@ def _chunks(
     for question in asked(questions, cell.condition):
         donor = by_id[donors[question.id]] if cell.condition.kind == "shuffled" else None
         units.append(_unit(cell, shared, suite.run.seed, question, donor))
-    size = suite.run.chunk
+    # a certificate is hundreds of answers: smaller chunks keep all workers busy to the end
+    size = -(-suite.run.chunk // 4) if cell.condition.kind == "certify" else suite.run.chunk
     for index, start in enumerate(range(0, len(units), size)):
         yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[start : start + size]))
 

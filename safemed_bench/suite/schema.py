@@ -214,7 +214,10 @@ class ConditionSpec(_Part):
     kind: Literal["clean", "blank", "shuffled", "noise", "attack", "certify"] = Field(
         description="What is done to the image."
     )
-    models: tuple[Text, ...] | None = Field(default=None, description="Entries it is for, by name; None is all.")
+    models: Literal["bare", "smoothed"] | tuple[Text, ...] | None = Field(
+        default=None,
+        description="Entries it is for: names, `bare` (all that are not smoothed) or `smoothed`; None is all.",
+    )
     attack: Text | None = Field(default=None, description="Registered attack.")
     certify: Text | None = Field(default=None, description="Registered certifier.")
     name: Text | None = Field(
@@ -270,6 +273,13 @@ class ConditionSpec(_Part):
             return {"kind": found[0], **value}
         return value
 
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names_or_a_word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("bare", "smoothed"):
+            raise ValueError(f"must be `bare`, `smoothed` or a list of entries, not {value!r}")
+        return value
+
     @field_validator("objectives", mode="before")
     @classmethod
     def _one_objective(cls, value: Any) -> Any:
@@ -298,9 +308,11 @@ class ConditionSpec(_Part):
         """Whether the attack is made at the headline eps, or at another one."""
         return self.at == "all" or (self.at == "headline") == headline
 
-    def is_for(self, model: str) -> bool:
-        """Whether the entry of this name is measured under it."""
-        return self.models is None or model in self.models
+    def is_for(self, name: str, smoothed: bool = False) -> bool:
+        """Whether an entry is measured under it."""
+        if isinstance(self.models, str):
+            return smoothed == (self.models == "smoothed")
+        return self.models is None or name in self.models
 
     @property
     def label(self) -> str:
@@ -379,7 +391,9 @@ class Suite(_Part):
 def _apart(one: Any, other: Any) -> bool:
     """Whether two attacks of one name never meet: not at the same eps, or not on the same entry."""
     ours, theirs = getattr(one, "models", None), getattr(other, "models", None)
-    if ours is not None and theirs is not None and not {*ours} & {*theirs}:
+    if isinstance(ours, str) and isinstance(theirs, str) and ours != theirs:
+        return True
+    if isinstance(ours, tuple) and isinstance(theirs, tuple) and not {*ours} & {*theirs}:
         return True
     return {getattr(one, "at", "all"), getattr(other, "at", "all")} == {"headline", "other"}
 
