@@ -76,6 +76,9 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "image_sha256": q.image_sha256,
                 "n_options": len(q.options),
                 "text_prior": dataset.text_prior.get(q.id),
+                "question": q.question,
+                "options": list(q.options),
+                "image": q.image,
             }
             for q in dataset.questions
         ],
