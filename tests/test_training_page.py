@@ -17,6 +17,7 @@ from safemed_bench.core.errors import DataError, UsageError
 from safemed_bench.report import training as page
 from safemed_bench.report.figures import COLOURS, Chart, Curve, draw, inline, number
 from safemed_bench.report.history import read_history, seconds
+from safemed_bench.report.page import TEMPLATES
 from safemed_bench.report.panels import POINTS, ROWS, SPECS
 from safemed_bench.report.training import training_page, write_training_page
 
@@ -152,7 +153,7 @@ def test_the_page_needs_nothing_else(html: str) -> None:
 
 
 def test_figures_have_the_colours_of_the_page(html: str) -> None:
-    css = (page.TEMPLATES / "page.css").read_text()
+    css = (TEMPLATES / "page.css").read_text()
     charts = re.findall(r'<svg class="chart".*?</svg>', html, re.DOTALL)
     assert charts and not any(re.search(r": #[0-9a-f]{6}", chart) for chart in charts)
     for name, colour in COLOURS.items():
