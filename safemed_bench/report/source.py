@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Source:
     def folder(self) -> Path:
         return self.run.folder
 
-    @property
+    @cached_property
     def numbers(self) -> Numbers:
         return Numbers(self.summary)
 

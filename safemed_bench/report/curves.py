@@ -1,0 +1,156 @@
+"""Figures of a run: accuracy against eps, one panel per modality, and certified accuracy against radius."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.types import Estimate
+from ..results.frames import Condition
+from ..results.summary import threat_order
+from ..results.tables import ALL, Numbers
+from .figures import CYCLE, DASHES, MARKERS, Chart, Curve, Level
+from .panels import Data
+from .source import CERTIFIED
+from .words import share
+
+NORMS = {"linf": "L∞", "l2": "L2"}
+
+
+@dataclass(frozen=True)
+class RunFigure:
+    """A figure of a run: `key` its id and file name, `title` its slice, `group` what it shows, `unit` of its x axis."""
+
+    key: str
+    group: str
+    title: str
+    unit: str
+    chart: Chart
+    data: Data
+    notes: tuple[str, ...] = ()
+
+
+def eps_figures(numbers: Numbers) -> list[RunFigure]:
+    """Accuracy under the worst of all attacks against eps: all modalities first, then each; apart for each norm."""
+    worst = [c for c in numbers.conditions if c.kind == "worst" and c.threat]
+    figures = []
+    for norm in NORMS:
+        threats = sorted((c for c in worst if (c.threat or "").startswith(norm + ":")), key=_size)
+        if threats:
+            figures += [_eps_figure(numbers, norm, threats, m) for m in _modalities(numbers)]
+    return figures
+
+
+def certified_figures(numbers: Numbers) -> list[RunFigure]:
+    """Certified accuracy against the radius. Empty where the run certified nothing."""
+    found = sorted((c for c in numbers.conditions if c.kind == CERTIFIED and c.threat), key=_size)
+    return [_radius_figure(numbers, found, m) for m in _modalities(numbers)] if found else []
+
+
+def _modalities(numbers: Numbers) -> list[str]:
+    names = dict.fromkeys(m for model in numbers.models for m in numbers.modalities(model))
+    return [ALL, *(name for name in names if name != ALL)] if len(names) > 2 else [ALL]
+
+
+def _size(condition: Condition) -> float:
+    return threat_order(condition.threat or "")[1]
+
+
+def _word(condition: Condition) -> str:
+    return (condition.threat or "").partition(":")[2]
+
+
+def _eps_figure(numbers: Numbers, norm: str, threats: Sequence[Condition], modality: str) -> RunFigure:
+    scale = 255.0 if norm == "linf" else 1.0
+    places = [0.0, *(_size(c) * scale for c in threats)]
+    names = ["clean", *(c.name for c in threats)]
+    rows = _measured(numbers, names, modality)
+    floors = {model: e for model in rows if (e := numbers.blind(model, modality))}
+    key = f"eps-{norm}-{_slug(modality)}"
+    # The words of many eps would run into each other; the axis then has plain numbers.
+    ticks = tuple(zip(places, ("0", *(_word(c).removesuffix("/255") for c in threats)), strict=True))
+    chart = Chart(
+        key,
+        tuple(_curve(model, i, places, cells) for i, (model, cells) in enumerate(rows.items())),
+        places[-1],
+        "share",
+        levels=_levels(numbers, modality, list(rows), floors, places[-1]),
+        x_label=f"eps, {NORMS[norm]}{', 1/255 of the pixel range' if norm == 'linf' else ''}",
+        ticks=ticks if len(ticks) <= 8 else (),
+    )
+    header = ("model", "clean", *(f"worst {_word(c)}" for c in threats), "blind", "chance")
+    body = tuple(
+        (model, *map(share, cells), share(floors.get(model)), share(numbers.get(model, "clean", "chance", modality)))
+        for model, cells in rows.items()
+    )
+    title = "all modalities" if modality == ALL else modality
+    unit = f"{NORMS[norm]}, worst of all attacks"
+    return RunFigure(key, "Accuracy against eps", title, unit, chart, Data(header, body, words=(0,)))
+
+
+def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) -> RunFigure:
+    names, places = [c.name for c in radii], [_size(c) for c in radii]
+    rows = _measured(numbers, names, modality)
+    key = f"radius-{_slug(modality)}"
+    floors = {model: e for model in rows if (e := numbers.blind(model, modality))}
+    chart = Chart(
+        key,
+        tuple(_curve(model, i, places, cells) for i, (model, cells) in enumerate(rows.items())),
+        places[-1],
+        "share",
+        levels=_levels(numbers, modality, list(rows), {}, places[-1]),
+        x_label="certified radius, L2",
+        ticks=tuple((place, _word(c)) for place, c in zip(places, radii, strict=True)) if len(radii) <= 8 else (),
+    )
+    header = ("model", *(f"L2 {_word(c)}" for c in radii), "blind", "chance")
+    body = tuple(
+        (model, *map(share, cells), share(floors.get(model)), share(numbers.get(model, "clean", "chance", modality)))
+        for model, cells in rows.items()
+    )
+    title = "all modalities" if modality == ALL else modality
+    return RunFigure(key, "Certified accuracy", title, "L2 radius", chart, Data(header, body, words=(0,)))
+
+
+def _measured(numbers: Numbers, names: Sequence[str], modality: str) -> dict[str, list[Estimate | None]]:
+    """model -> its accuracies under these conditions; models without any are left out."""
+    rows = {model: [numbers.get(model, name, "accuracy", modality) for name in names] for model in numbers.models}
+    return {model: cells for model, cells in rows.items() if any(e is not None and e.n for e in cells)}
+
+
+def _curve(model: str, place: int, x: Sequence[float], cells: Sequence[Estimate | None]) -> Curve:
+    points = tuple((at, e.value if e is not None and e.n else math.nan) for at, e in zip(x, cells, strict=True))
+    band = tuple((at, e.low, e.high) for at, e in zip(x, cells, strict=True) if e is not None and e.n)
+    dash = list(DASHES)[place // len(CYCLE) % len(DASHES)]
+    return Curve(model, points, colour_of(place), dash, marked=True, band=band, marker=MARKERS[place % len(MARKERS)])
+
+
+def colour_of(place: int) -> str:
+    """The colour of the model at this place of the run, the same in every figure."""
+    return CYCLE[place % len(CYCLE)]
+
+
+def _levels(
+    numbers: Numbers, modality: str, models: Sequence[str], floors: Mapping[str, Estimate], end: float
+) -> tuple[Level, ...]:
+    """Chance, which is the questions' own, and what each model gets right blind, in its colour."""
+    chance = [e.value for m in models if (e := numbers.get(m, "clean", "chance", modality)) and e.n]
+    levels = [Level("chance", chance[0], 0, end)] if chance else []
+    places: dict[str, int] = {model: i for i, model in enumerate(models)}
+    return (*levels, *(Level("", e.value, 0, end, colour_of(places[m]), "dotted") for m, e in floors.items() if e.n))
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def as_panel(figure: RunFigure) -> dict[str, Any]:
+    """What `page.shown` needs beside chart and data."""
+    return {
+        "key": figure.key,
+        "section": figure.title,
+        "title": figure.group,
+        "unit": figure.unit,
+        "notes": figure.notes,
+    }

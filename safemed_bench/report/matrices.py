@@ -1,0 +1,137 @@
+"""Tables of a run's report: modality × condition, objective × model, attack × attack."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.types import Estimate
+from ..results.formats import cell_parts
+from ..results.frames import Condition, Verdicts
+from ..results.intervals import proportion
+from ..results.tables import ALL, Column, Numbers, Row, Table, condition_label, modalities
+from .source import CERTIFIED, Source, attacks_at
+
+MICRO, MACRO = "all (micro)", "all (macro)"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """value and interval as words; sort: what the column is sorted by, "" for nothing; tint: 0 to 100, or None."""
+
+    value: str
+    interval: str = ""
+    sort: str = ""
+    tint: float | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of the page. keys: leading columns of words. total: rows that sum up others. caption: what it shows."""
+
+    keys: tuple[str, ...]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], tuple[Cell, ...]], ...]
+    caption: str = ""
+    totals: frozenset[int] = frozenset()
+
+
+def modality_grid(numbers: Numbers) -> Grid:
+    """Every model and modality under every main condition, with the mean over questions and that over modalities."""
+    table = modalities(numbers)
+    conditions = {condition_label(c.name): c.name for c in numbers.conditions}
+    rows, totals = [], set()
+    for row in table.rows:
+        model, modality = row.keys
+        if modality == ALL:
+            totals |= {len(rows), len(rows) + 1}
+            rows.append(((model, MICRO), _cells(row, table.columns)))
+            rows.append(((model, MACRO), _cells(_macro(numbers, row, table, conditions), table.columns)))
+        else:
+            rows.append((row.keys, _cells(row, table.columns)))
+    return Grid(table.keys, tuple(c.label for c in table.columns), tuple(rows), table.title, frozenset(totals))
+
+
+def _macro(numbers: Numbers, row: Row, table: Table, conditions: dict[str, str]) -> Row:
+    """The mean over modalities, where a column is the accuracy under one condition; the number of questions stays."""
+    cells = [
+        estimate
+        if column.style == "count"
+        else numbers.get(row.keys[0], conditions[column.label], "accuracy_macro")
+        if column.label in conditions
+        else None
+        for column, estimate in zip(table.columns, row.cells, strict=True)
+    ]
+    return Row(row.keys, tuple(cells))
+
+
+def _cells(row: Row, columns: tuple[Column, ...]) -> tuple[Cell, ...]:
+    counts = [e.n for e, c in zip(row.cells, columns, strict=True) if e and c.style == "count"]
+    return tuple(cell(e, c, counts[0] if counts else None) for e, c in zip(row.cells, columns, strict=True))
+
+
+def cell(estimate: Estimate | None, column: Column, n: int | None = None) -> Cell:
+    """An estimate as a cell; tinted where it is a share."""
+    value, interval = cell_parts(estimate, column, n)
+    if estimate is None or math.isnan(estimate.value) and column.style != "count":
+        return Cell(value)
+    sort = estimate.n if column.style == "count" else estimate.value
+    tint = round(100 * estimate.value, 1) if column.style == "percent" else None
+    return Cell(value, interval, f"{sort:.6g}", tint)
+
+
+def grid_of(table: Table) -> Grid:
+    """A paper table as one of the page."""
+    rows = tuple((row.keys, _cells(row, table.columns)) for row in table.rows)
+    return Grid(table.keys, tuple(c.label for c in table.columns), rows, table.title)
+
+
+def objective_grid(source: Source) -> Grid | None:
+    """Every attack and objective at the headline threat by model: each alone, then the worst per question."""
+    numbers = source.numbers
+    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective and c.kind != CERTIFIED]
+    if not single:
+        return None
+    worst = [c for c in numbers.aggregates if c.threat == numbers.headline and c.kind not in ("noise", CERTIFIED)]
+    rows = []
+    for condition in sorted(single, key=lambda c: (c.kind, c.objective or "")):
+        rows.append(((condition.kind.upper(), condition.objective or ""), _across(numbers, condition)))
+    totals = frozenset(range(len(rows), len(rows) + len(worst)))
+    for condition in worst:
+        kind = "every attack" if condition.kind == "worst" else condition.kind.upper()
+        rows.append(((kind, "worst per question"), _across(numbers, condition)))
+    return Grid(("attack", "objective"), tuple(numbers.models), tuple(rows), totals=totals)
+
+
+def _across(numbers: Numbers, condition: Condition) -> tuple[Cell, ...]:
+    return tuple(cell(numbers.get(model, condition.name), Column(model)) for model in numbers.models)
+
+
+def overlap_grids(source: Source) -> list[tuple[str, Grid]]:
+    """(model, attack × attack): accuracy where both attacks must be withstood; on the diagonal, one alone."""
+    headline = source.numbers.headline
+    found = []
+    for verdicts in source.run.verdicts:
+        attacks = attacks_at(verdicts, headline)
+        if len(attacks) > 1:
+            found.append((verdicts.model, _overlap(verdicts, attacks)))
+    return found
+
+
+def _overlap(verdicts: Verdicts, attacks: list[Condition]) -> Grid:
+    names = [f"{c.kind.upper()} {(c.objective or '').replace('_', ' ')}".strip() for c in attacks]
+    rows = []
+    for i, first in enumerate(attacks):
+        cells = [cell(_both(verdicts, first.name, second.name), Column("")) for second in attacks[: i + 1]]
+        rows.append(((names[i],), (*cells, *[Cell("")] * (len(attacks) - i - 1))))
+    return Grid(("",), tuple(names), tuple(rows))
+
+
+def _both(verdicts: Verdicts, first: str, second: str) -> Estimate:
+    """Share of questions right under both; a question is missing where one verdict is and the other is not wrong."""
+    a, b = (verdicts.correct[name].to_numpy(dtype=float) for name in (first, second))
+    least = np.fmin(a, b)
+    known = ~(np.isnan(a) | np.isnan(b)) | (least == 0)
+    return proportion((least[known] == 1).astype(float), verdicts.images[known])

@@ -1,0 +1,107 @@
+"""The report of a run: `report.html` in its folder, one file that opens from disk without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ..core.journal import write_atomic
+from ..results.tables import Numbers, condition_label
+from .curves import RunFigure, as_panel, certified_figures, eps_figures
+from .evidence import audit, diagnostics, provenance, trainings
+from .figures import save
+from .gallery import NO_PICTURES, examples
+from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, verdict
+from .matrices import modality_grid, objective_grid, overlap_grids
+from .packing import pack
+from .page import TEMPLATES, environment, shown
+from .source import Source, read_source
+
+PAGE = "report.html"
+FIGURES = "figures"
+
+
+def write_run_page(folder: Path | str, summary: Mapping[str, Any] | None = None) -> Path:
+    """Write the report of the run in `folder` into it; returns its path. Raises what `read_source` raises.
+
+    summary: of the very records in the folder, where it is known already; it is computed and written otherwise.
+    """
+    source = read_source(folder, summary)
+    path = source.folder / PAGE
+    write_atomic(path, run_page(source).encode())
+    return path
+
+
+def run_page(source: Source) -> str:
+    """The report as HTML. The same files give the same bytes."""
+    numbers, summary = source.numbers, source.summary
+    script = Markup((TEMPLATES / "run.js").read_text(encoding="utf-8"))
+    stamp = stamp_of(summary)
+    return environment().get_template("run.html.j2").render(
+        title=summary["title"] or summary["suite"],
+        suite=summary["suite"],
+        stamp=stamp,
+        banners=banners(summary),
+        verdict=verdict(numbers),
+        threat=threat_sentence(source),
+        headline=threat_words(numbers.headline) if numbers.robust else "",
+        tiles=tiles(source),
+        modalities=modality_grid(numbers),
+        eps=[_panel(figure) for figure in eps_figures(numbers)],
+        certified=[_panel(figure) for figure in certified_figures(numbers)],
+        objectives=objective_grid(source),
+        overlaps=overlap_grids(source),
+        diagnostics=diagnostics(summary),
+        gallery=examples(source),
+        no_pictures=NO_PICTURES if numbers.robust else "",
+        browser=_browser(source, numbers),
+        packed=pack(source),
+        audit=audit(source),
+        trainings=trainings(source),
+        provenance=provenance(source),
+        script=script,
+        script_hash=_hash(f"\n{script}\n"),
+    )
+
+
+def write_figures(source: Source) -> list[Path]:
+    """The figures as SVG and PDF files in `figures/` of the run folder, with legend and stamp; returns the paths."""
+    summary = source.summary
+    stamp = " · ".join((summary["data"]["stamp"], *summary["notices"]))
+    written = []
+    for figure in (*eps_figures(source.numbers), *certified_figures(source.numbers)):
+        title = f"{figure.group}: {figure.title}"
+        written += save(figure.chart, source.folder / FIGURES / figure.key, title, stamp)
+    return written
+
+
+def _panel(figure: RunFigure) -> dict[str, Any]:
+    return shown(figure.chart, figure.data, **as_panel(figure))
+
+
+def _browser(source: Source, numbers: Numbers) -> dict[str, Any]:
+    """What can be chosen in the question browser; it is a part of the page, so that no script has to make it."""
+    conditions = dict.fromkeys(c.name for v in source.run.verdicts for c in v.conditions)
+    rows = source.questions.values()
+    return {
+        "models": _pairs(numbers.models),
+        "conditions": [(name, condition_label(name)) for name in conditions],
+        "modalities": _pairs(dict.fromkeys(str(row.get("modality")) for row in rows)),
+        "types": _pairs(sorted({str(row.get("question_type")) for row in rows})),
+        "units": len(source.questions) * sum(len(v.conditions) for v in source.run.verdicts),
+        "questions": len(source.questions),
+    }
+
+
+def _pairs(words: Iterable[str]) -> list[tuple[str, str]]:
+    return [(word, word) for word in words]
+
+
+def _hash(script: str) -> str:
+    """What the page's own policy lets run: this script, and no other."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
