@@ -21,7 +21,7 @@ NORMS = {"linf": "L∞", "l2": "L2"}
 
 @dataclass(frozen=True)
 class RunFigure:
-    """A figure of a run: `key` its id and file name, `title` its slice, `group` what it shows, `unit` of its x axis."""
+    """A figure of a run: `key` its id and file name, `group` what it shows, `title` of which questions, `unit` the norm."""
 
     key: str
     group: str
@@ -85,9 +85,7 @@ def _eps_figure(numbers: Numbers, norm: str, threats: Sequence[Condition], modal
         (model, *map(share, cells), share(floors.get(model)), share(numbers.get(model, "clean", "chance", modality)))
         for model, cells in rows.items()
     )
-    title = "all modalities" if modality == ALL else modality
-    unit = f"{NORMS[norm]}, worst of all attacks"
-    return RunFigure(key, "Accuracy against eps", title, unit, chart, Data(header, body, words=(0,)))
+    return RunFigure(key, "Accuracy, worst attack", _title(modality), NORMS[norm], chart, Data(header, body, words=(0,)))
 
 
 def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) -> RunFigure:
@@ -109,8 +107,7 @@ def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) 
         (model, *map(share, cells), share(floors.get(model)), share(numbers.get(model, "clean", "chance", modality)))
         for model, cells in rows.items()
     )
-    title = "all modalities" if modality == ALL else modality
-    return RunFigure(key, "Certified accuracy", title, "L2 radius", chart, Data(header, body, words=(0,)))
+    return RunFigure(key, "Certified accuracy", _title(modality), "L2", chart, Data(header, body, words=(0,)))
 
 
 def _measured(numbers: Numbers, names: Sequence[str], modality: str) -> dict[str, list[Estimate | None]]:
@@ -141,6 +138,10 @@ def _levels(
     return (*levels, *(Level("", e.value, 0, end, colour_of(places[m]), "dotted") for m, e in floors.items() if e.n))
 
 
+def _title(modality: str) -> str:
+    return "All modalities" if modality == ALL else modality
+
+
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower())
 
@@ -149,8 +150,8 @@ def as_panel(figure: RunFigure) -> dict[str, Any]:
     """What `page.shown` needs beside chart and data."""
     return {
         "key": figure.key,
-        "section": figure.title,
-        "title": figure.group,
+        "section": figure.group,
+        "title": figure.title,
         "unit": figure.unit,
         "notes": figure.notes,
     }

@@ -86,7 +86,7 @@ def provenance(source: Source) -> dict[str, Any]:
         ("Data fingerprint", source.summary["data"]["fingerprint"] or "unknown"),
         ("Code", f"{commit}{' with uncommitted changes' if git.get('dirty') else ''}"),
         ("Seed", str(run.get("seed", "unknown"))),
-        ("Number type", str(run.get("dtype", "unknown"))),
+        ("Precision", str(run.get("dtype", "unknown"))),
         ("Machine", ", ".join(filter(None, (made.get("processor"), _cores(made), made.get("platform"))))),
     ]
     return {

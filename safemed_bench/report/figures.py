@@ -184,15 +184,16 @@ def _figure(chart: Chart, height: float, bottom: float) -> Figure:
     _spans(axes, chart, size[0])
     _levels(axes, chart.levels)
     for curve in chart.curves:
-        _curve(axes, curve)
+        _curve(axes, curve, band=0.13 if len(chart.curves) < 3 else 0.09)
     return figure
 
 
-def _curve(axes: Axes, curve: Curve) -> None:
+def _curve(axes: Axes, curve: Curve, band: float) -> None:
+    """band: opacity of the interval, less where many lie on each other."""
     colour = COLOURS[curve.colour]
     if curve.band:
         x, low, high = zip(*curve.band, strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=band, linewidth=0)
     width = 2.2 if curve.bold else 1.7
     dash: Any = (0, tuple(float(part) / width for part in DASHES[curve.dash].split())) if DASHES[curve.dash] else "-"
     x, y = zip(*curve.points, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,10 @@ def examples(source: Source) -> list[Example]:
     another modality, and one that was attacked and held. Empty where no picture can be made.
     """
     models = [v.model for v in source.run.verdicts if attacks_at(v, source.numbers.headline)]
-    shown, used = list[Example](), 0
+    shown, used, each = list[Example](), 0, max(1, LIMIT // max(1, len(models)))
     for place, model in enumerate(models[:LIMIT]):
-        each = max(1, LIMIT // len(models))
-        for example in _of_model(source, model, place * each, each):
+        there = {example.question["id"] for example in shown}
+        for example in _of_model(source, model, place * each, each, there):
             if shown and used + example.size > BUDGET:
                 return shown
             shown.append(example)
@@ -72,10 +72,12 @@ def examples(source: Source) -> list[Example]:
     return shown
 
 
-def _of_model(source: Source, model: str, rotate: int, limit: int) -> list[Example]:
+def _of_model(source: Source, model: str, rotate: int, limit: int, there: Container[str]) -> list[Example]:
+    """Examples of one model; questions that are `there` already come last."""
     condition = _strongest(source, model)
     records = source.records.get((model, condition.name), {})
     tried = [r for id in source.questions if (r := records.get(id)) and r.artefact and r.linf and r.clean_correct]
+    tried.sort(key=lambda record: record.question_id in there)
     turned = _mixed([r for r in tried if r.correct is False], rotate)
     held = _mixed([r for r in tried if r.correct is True], rotate + limit - 1)
     wanted = min(limit - 1, len(turned)) if held and limit > 1 else limit

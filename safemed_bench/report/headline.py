@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.types import Estimate
-from ..results.tables import Numbers
+from ..results.formats import cell_parts
+from ..results.tables import ALL, Column, Numbers
 from .curves import NORMS, colour_of
 from .page import PHANTOM, Stamp
 from .source import Source, attacks_at
-from .words import listed, sentence, share
+from .words import listed, sentence
 
 OBJECTIVES = {"answer": "answer token", "rationale_answer": "rationale and answer", "no_think": "no-think"}
 
@@ -25,8 +26,12 @@ class Lane:
     colour: str
 
     @property
-    def words(self) -> str:
-        return share(self.estimate)
+    def value(self) -> str:
+        return cell_parts(self.estimate, Column(""))[0]
+
+    @property
+    def interval(self) -> str:
+        return cell_parts(self.estimate, Column(""))[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,8 @@ class Tile:
     main: Estimate
     lanes: tuple[Lane, ...]
     chance: Estimate | None
-    gain: str
-    small: str
+    gain: tuple[str, str] | None
+    small: tuple[str, ...]
 
     @property
     def value(self) -> str:
@@ -49,7 +54,7 @@ class Tile:
 
     @property
     def interval(self) -> str:
-        return share(self.main).partition(" ")[2]
+        return cell_parts(self.main, Column(""))[1]
 
 
 def stamp_of(summary: Mapping[str, Any]) -> Stamp:
@@ -84,17 +89,26 @@ def verdict(numbers: Numbers) -> str:
     n = sorted({e.n for _, e in rows})
     asked = f"of {n[0]:,} questions" if len(n) == 1 else f"of {n[0]:,} to {n[-1]:,} questions"
     named = rows if len(rows) <= 3 else [rows[0], rows[-1]]
-    said = listed([f"{model} {sentence(e)}" for model, e in named])
+    said = listed([_said(numbers, model, e) for model, e in named])
     said += f", {len(rows) - 2} others in between" if len(rows) > 3 else ""
-    if not numbers.robust:
-        return f"Right {asked}, no attack was run: {said}."
-    head = f"Under the worst of the attacks at {threat}, still right {asked}: {said}."
-    clean = [e.value for m, _ in rows if (e := numbers.get(m, "clean")) and e.n]
-    if not clean:
-        return head
-    low, high = min(clean), max(clean)
-    spread = f"{100 * low:.1f}" if low == high else f"{100 * low:.1f} to {100 * high:.1f}"
-    return f"{head} On untouched images: {spread}%."
+    head = f"Under the worst of the attacks at {threat}, still right {asked}" if numbers.robust else f"Right {asked}"
+    return f"{head}: {said}.{_floors(numbers)}{'' if numbers.robust else ' No attack was run.'}"
+
+
+def _said(numbers: Numbers, model: str, estimate: Estimate) -> str:
+    clean = numbers.get(model, "clean") if numbers.robust else None
+    return f"{model} {sentence(estimate)}" + (f" (clean {sentence(clean)})" if clean and clean.n else "")
+
+
+def _floors(numbers: Numbers) -> str:
+    """What a model can get right without looking at the image."""
+    chance = [e for m in numbers.models if (e := numbers.get(m, "clean", "chance")) and e.n]
+    blind = [e for m in numbers.models if (e := numbers.blind(m, ALL)) and e.n]
+    said = [f"chance is {100 * chance[0].value:.1f}%"] if chance else []
+    if blind:
+        most = max(blind, key=lambda e: e.value)
+        said.append(f"without the image {'up to ' if len(blind) > 1 else ''}{sentence(most)} are right")
+    return f" For comparison, {listed(said)}." if said else ""
 
 
 def threat_words(label: str | None) -> str:
@@ -156,7 +170,7 @@ def tiles(source: Source) -> list[Tile]:
 
 
 def _tile(numbers: Numbers, model: str, description: str, place: int) -> Tile | None:
-    clean, blind = numbers.get(model, "clean"), numbers.blind(model, "all")
+    clean, blind = numbers.get(model, "clean"), numbers.blind(model, ALL)
     robust = numbers.get(model, numbers.robust) if numbers.robust else None
     main = robust or clean or next((e for c in numbers.conditions if (e := numbers.get(model, c.name))), None)
     if main is None:
@@ -164,7 +178,10 @@ def _tile(numbers: Numbers, model: str, description: str, place: int) -> Tile | 
     lanes = [("clean", clean, "blue"), ("attacked", robust, "vermillion"), ("blind", blind, "grey")]
     gain = numbers.get(model, "clean", "image_gain")
     unread = numbers.get(model, numbers.robust or "clean", "invalid_rate")
-    small = [f"n = {main.n:,}"] + ([f"unreadable {100 * unread.value:.1f}%"] if unread and unread.n else [])
+    chance = numbers.get(model, "clean", "chance")
+    small = [f"n = {main.n:,}"]
+    small += [f"chance {100 * chance.value:.1f}"] if chance and chance.n else []
+    small += [f"unreadable {100 * unread.value:.1f}%"] if unread and unread.n else []
     return Tile(
         model,
         description,
@@ -172,7 +189,7 @@ def _tile(numbers: Numbers, model: str, description: str, place: int) -> Tile | 
         f"worst attack, {threat_words(numbers.headline)}" if robust else "clean",
         main,
         tuple(Lane(label, e, colour) for label, e, colour in lanes if e is not None and e.n),
-        numbers.get(model, "clean", "chance"),
-        share(gain, "points") if gain else "",
-        " · ".join(small),
+        chance if chance and chance.n else None,
+        cell_parts(gain, Column("", "points")) if gain else None,
+        tuple(word.replace(" ", "\u00a0") for word in small),
     )

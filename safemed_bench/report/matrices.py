@@ -19,7 +19,7 @@ MICRO, MACRO = "all (micro)", "all (macro)"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """value and interval as words; sort: what the column is sorted by, "" for nothing; tint: 0 to 100, or None."""
+    """An entry of a table. value and interval as words; sort: what the column is sorted by, "" for nothing; tint: 0 to 100, or None."""
 
     value: str
     interval: str = ""
@@ -39,31 +39,28 @@ class Grid:
 
 
 def modality_grid(numbers: Numbers) -> Grid:
-    """Every model and modality under every main condition, with the mean over questions and that over modalities."""
+    """Every modality and model under every main condition; first the mean over questions and that over modalities."""
     table = modalities(numbers)
-    conditions = {condition_label(c.name): c.name for c in numbers.conditions}
-    rows, totals = [], set()
-    for row in table.rows:
-        model, modality = row.keys
-        if modality == ALL:
-            totals |= {len(rows), len(rows) + 1}
-            rows.append(((model, MICRO), _cells(row, table.columns)))
-            rows.append(((model, MACRO), _cells(_macro(numbers, row, table, conditions), table.columns)))
-        else:
-            rows.append((row.keys, _cells(row, table.columns)))
-    return Grid(table.keys, tuple(c.label for c in table.columns), tuple(rows), table.title, frozenset(totals))
+    micro = {row.keys[0]: row for row in table.rows if row.keys[1] == ALL}
+    names = [m for m in dict.fromkeys(row.keys[1] for row in table.rows) if m != ALL]
+    rows = [(MICRO, model, row) for model, row in micro.items()]
+    if len(names) > 1:
+        rows += [(MACRO, model, _macro(numbers, row, table)) for model, row in micro.items()]
+    totals = frozenset(range(len(rows)))
+    rows += [(name, row.keys[0], row) for name in names for row in table.rows if row.keys[1] == name]
+    body = tuple(((name, model), _cells(row, table.columns)) for name, model, row in rows)
+    return Grid(("modality", "model"), tuple(c.label for c in table.columns), body, table.title, totals)
 
 
-def _macro(numbers: Numbers, row: Row, table: Table, conditions: dict[str, str]) -> Row:
+def _macro(numbers: Numbers, row: Row, table: Table) -> Row:
     """The mean over modalities, where a column is the accuracy under one condition; the number of questions stays."""
-    cells = [
-        estimate
-        if column.style == "count"
-        else numbers.get(row.keys[0], conditions[column.label], "accuracy_macro")
-        if column.label in conditions
-        else None
-        for column, estimate in zip(table.columns, row.cells, strict=True)
-    ]
+    conditions = {condition_label(c.name): c.name for c in numbers.conditions}
+    cells = list[Estimate | None]()
+    for column, estimate in zip(table.columns, row.cells, strict=True):
+        name = conditions.get(column.label)
+        if column.style != "count":
+            estimate = numbers.get(row.keys[0], name, "accuracy_macro") if name else None
+        cells.append(estimate)
     return Row(row.keys, tuple(cells))
 
 

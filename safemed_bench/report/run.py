@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,19 @@ from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, v
 from .matrices import modality_grid, objective_grid, overlap_grids
 from .packing import pack
 from .page import TEMPLATES, environment, shown
-from .source import Source, read_source
+from .source import Source, attacks_at, read_source
 
 PAGE = "report.html"
 FIGURES = "figures"
 
 
 def write_run_page(folder: Path | str, summary: Mapping[str, Any] | None = None) -> Path:
-    """Write the report of the run in `folder` into it; returns its path. Raises what `read_source` raises.
+    """Read the run in `folder` and write its report into it; returns its path. Raises what `read_source` raises."""
+    return write_page(read_source(folder, summary))
 
-    summary: of the very records in the folder, where it is known already; it is computed and written otherwise.
-    """
-    source = read_source(folder, summary)
+
+def write_page(source: Source) -> Path:
+    """Write the report of a run into its folder; returns its path."""
     path = source.folder / PAGE
     write_atomic(path, run_page(source).encode())
     return path
@@ -93,9 +95,17 @@ def _browser(source: Source, numbers: Numbers) -> dict[str, Any]:
         "conditions": [(name, condition_label(name)) for name in conditions],
         "modalities": _pairs(dict.fromkeys(str(row.get("modality")) for row in rows)),
         "types": _pairs(sorted({str(row.get("question_type")) for row in rows})),
+        "chosen": _most_told(source),
         "units": len(source.questions) * sum(len(v.conditions) for v in source.run.verdicts),
         "questions": len(source.questions),
     }
+
+
+def _most_told(source: Source) -> str:
+    """The condition that the browser begins with: the attack at the headline threat that most models were put under."""
+    counts = Counter(c.name for v in source.run.verdicts for c in attacks_at(v, source.numbers.headline))
+    strongest = [name for name in counts if not name.startswith("fgsm")] or list(counts)
+    return max(strongest, key=counts.__getitem__, default="")
 
 
 def _pairs(words: Iterable[str]) -> list[tuple[str, str]]:

@@ -87,11 +87,11 @@
       return !words || id.toLowerCase().includes(words) || hit[questions.question[q]] || questions.options[q].some((o) => hit[o]) ? 2 : 1;
     });
     const outcome = OUTCOMES[chosen.outcome];
+    const cells = data.cells.filter((cell) => (!chosen.model || cell.model === chosen.model) && (!chosen.condition || cell.condition === chosen.condition));
     found = [];
-    for (const cell of data.cells) {
-      if ((chosen.model && cell.model !== chosen.model) || (chosen.condition && cell.condition !== chosen.condition)) continue;
-      for (let q = 0; q < fits.length; q++) {
-        if (!fits[q] || (fits[q] === 1 && !(cell.texts[q] >= 0 && hit[cell.texts[q]]))) continue;
+    for (let q = 0; q < fits.length; q++) {
+      for (const cell of fits[q] ? cells : []) {
+        if (fits[q] === 1 && !(cell.texts[q] >= 0 && hit[cell.texts[q]])) continue;
         if (outcome && !outcome(cell.marks[q], cell.clean?.marks[q], q)) continue;
         found.push([cell, q]);
       }
@@ -185,7 +185,10 @@
     let timer;
     $("filters").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(search, 120); });
     $("filters").addEventListener("submit", (event) => event.preventDefault());
-    $("filters").addEventListener("reset", () => setTimeout(search));
+    $("clear").addEventListener("click", () => {
+      for (const field of $("filters").querySelectorAll("select, input")) field.value = "";
+      search();
+    });
     $("more").addEventListener("click", more);
     $("q-close").addEventListener("click", () => $("question").close());
     $("q-previous").addEventListener("click", () => step(-1));
