@@ -24,7 +24,7 @@ def report(folder: str, *, tables: list[Format], figures: bool, as_json: bool) -
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder.{_neighbours(path)}")
     if not is_run(path) and not (path / TRAINING).is_file():
-        raise UsageError(f"{path} holds neither {TRAINING} (a training) nor {RECORDS} (a run): there is nothing to report")
+        raise UsageError(f"{path} holds neither {TRAINING} (a training) nor {RECORDS} (a run)")
     if len(tables) > 1 or (tables and (figures or as_json)):
         raise UsageError("one of --latex, --markdown, --csv at a time, without --figures and --json")
     if is_run(path):

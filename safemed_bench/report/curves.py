@@ -21,7 +21,7 @@ NORMS = {"linf": "L∞", "l2": "L2"}
 
 @dataclass(frozen=True)
 class RunFigure:
-    """A figure of a run: `key` its id and file name, `group` what it shows, `title` of which questions, `unit` the norm."""
+    """A figure of a run. key: its id and file name. group, title: what it shows, of which questions. unit: the norm."""
 
     key: str
     group: str
@@ -80,12 +80,8 @@ def _eps_figure(numbers: Numbers, norm: str, threats: Sequence[Condition], modal
         x_label=f"eps, {NORMS[norm]}{', 1/255 of the pixel range' if norm == 'linf' else ''}",
         ticks=ticks if len(ticks) <= 8 else (),
     )
-    header = ("model", "clean", *(f"worst {_word(c)}" for c in threats), "blind", "chance")
-    body = tuple(
-        (model, *map(share, cells), share(floors.get(model)), share(numbers.get(model, "clean", "chance", modality)))
-        for model, cells in rows.items()
-    )
-    return RunFigure(key, "Accuracy, worst attack", _title(modality), NORMS[norm], chart, Data(header, body, words=(0,)))
+    data = _table(numbers, modality, ("clean", *(f"worst {_word(c)}" for c in threats)), rows, floors)
+    return RunFigure(key, "Accuracy, worst attack", _title(modality), NORMS[norm], chart, data, _asked(rows))
 
 
 def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) -> RunFigure:
@@ -102,18 +98,41 @@ def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) 
         x_label="certified radius, L2",
         ticks=tuple((place, _word(c)) for place, c in zip(places, radii, strict=True)) if len(radii) <= 8 else (),
     )
-    header = ("model", *(f"L2 {_word(c)}" for c in radii), "blind", "chance")
-    body = tuple(
-        (model, *map(share, cells), share(floors.get(model)), share(numbers.get(model, "clean", "chance", modality)))
-        for model, cells in rows.items()
-    )
-    return RunFigure(key, "Certified accuracy", _title(modality), "L2", chart, Data(header, body, words=(0,)))
+    data = _table(numbers, modality, [f"L2 {_word(c)}" for c in radii], rows, floors)
+    return RunFigure(key, "Certified accuracy", _title(modality), "L2", chart, data, _asked(rows))
 
 
-def _measured(numbers: Numbers, names: Sequence[str], modality: str) -> dict[str, list[Estimate | None]]:
+Rows = dict[str, list[Estimate | None]]
+
+
+def _measured(numbers: Numbers, names: Sequence[str], modality: str) -> Rows:
     """model -> its accuracies under these conditions; models without any are left out."""
     rows = {model: [numbers.get(model, name, "accuracy", modality) for name in names] for model in numbers.models}
     return {model: cells for model, cells in rows.items() if any(e is not None and e.n for e in cells)}
+
+
+def _table(numbers: Numbers, modality: str, names: Sequence[str], rows: Rows, floors: Mapping[str, Estimate]) -> Data:
+    """The numbers of a figure, and beside them n, what is right blind, and chance."""
+    body = []
+    for model, cells in rows.items():
+        n = max(e.n for e in cells if e is not None)
+        chance = numbers.get(model, "clean", "chance", modality)
+        body.append(
+            (
+                model,
+                f"{n:,}",
+                *(share(e, n=n) for e in cells),
+                share(floors.get(model), n=n),
+                share(chance, "bare"),
+            )
+        )
+    return Data(("model", "n", *names, "blind", "chance"), tuple(body), words=(0,))
+
+
+def _asked(rows: Rows) -> tuple[str, ...]:
+    """How many questions the points rest on."""
+    counts = sorted({e.n for cells in rows.values() for e in cells if e is not None and e.n})
+    return (f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}",) if counts else ()
 
 
 def _curve(model: str, place: int, x: Sequence[float], cells: Sequence[Estimate | None]) -> Curve:

@@ -25,8 +25,8 @@ CURVES = ("validation", "robustness", "loss", "reward-accuracy")
 
 def diagnostics(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     """Each check with its rule and its evidence, those that failed first; empty where none were made."""
-    found = [{key: _words(check.get(key)) for key in ("id", "model", "status", "rule", "evidence")}
-             for check in summary.get("diagnostics") or ()]  # fmt: skip
+    keys = ("id", "model", "status", "rule", "evidence")
+    found = [{key: _words(check.get(key)) for key in keys} for check in summary.get("diagnostics") or ()]
     order = {status: i for i, status in enumerate(STATUSES)}
     return sorted(found, key=lambda check: order.get(check["status"], 1))
 
@@ -62,7 +62,7 @@ def audit(source: Source) -> dict[str, Any]:
 
 def trainings(source: Source) -> list[dict[str, Any]]:
     """The main curves of every entry whose training left its metrics beside it (`<training>/entry` is the entry)."""
-    found = []
+    found = list[dict[str, Any]]()
     for card in source.cards:
         folder = Path(card["path"]).parent if card.get("path") else None
         if folder is None or Path(card["path"]).name != "entry" or not (folder / METRICS).is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..core.journal import write_atomic
@@ -74,6 +76,9 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+FOOT_WORDS = 98
+"""Characters of the small print below a figure of a file that fit into a line."""
+
 _STAGE_NAME = 10
 """Size of the names of stages."""
 
@@ -145,17 +150,18 @@ def save(chart: Chart, stem: Path, title: str, small: str) -> list[Path]:
     title stands above the chart, small (such as the data's stamp) below it: a figure that is passed on alone still says
     what it shows.
     """
-    foot = 18 + 15 * -(-len(chart.curves) // 2)
+    lines = textwrap.wrap(small, FOOT_WORDS)
+    foot = 8 + 10 * len(lines) + 15 * -(-len(chart.curves) // 2)
     height, bottom = HEIGHT + foot + 14, BOTTOM + foot
     written = []
     with _drawing(chart):
         figure = _figure(chart, height, bottom)
         figure.text(0.012, 1 - 12 / height, title, fontsize=11, color=COLOURS["ink"], va="center", parse_math=False)
-        figure.text(0.012, 8 / height, small, fontsize=7.5, color=COLOURS["soft"], va="center", parse_math=False)
-        if named := [line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")]:
-            place = (0.5, (foot - 1) / height)
-            figure.legend(named, [n.get_label() for n in named], loc="upper center", bbox_to_anchor=place, ncols=2,
-                          frameon=False, fontsize=9, borderpad=0, borderaxespad=0, labelspacing=0.25)  # fmt: skip
+        figure.text(0.012, 5 / height, "\n".join(lines), fontsize=7.5, color=COLOURS["soft"], parse_math=False)
+        names = [_handle(curve) for curve in chart.curves]
+        place = (0.5, (foot - 1) / height)
+        figure.legend(handles=names, loc="upper center", bbox_to_anchor=place, ncols=2, frameon=False, fontsize=9,
+                      borderpad=0, borderaxespad=0, labelspacing=0.25)  # fmt: skip
         for suffix, metadata in (("svg", _NO_METADATA), ("pdf", {"CreationDate": None, "Producer": None})):
             out = io.BytesIO()
             figure.savefig(out, format=suffix, metadata=metadata)
@@ -163,6 +169,13 @@ def save(chart: Chart, stem: Path, title: str, small: str) -> list[Path]:
             write_atomic(path, out.getvalue())
             written.append(path)
     return written
+
+
+def _handle(curve: Curve) -> Line2D:
+    """A curve as the legend of a file shows it."""
+    marker = curve.marker if curve.marked else ""
+    dash: Any = curve.dash  # DASHES has matplotlib's own names
+    return Line2D([], [], color=COLOURS[curve.colour], marker=marker, markersize=4, linestyle=dash, label=curve.label)
 
 
 @contextmanager
@@ -197,7 +210,7 @@ def _curve(axes: Axes, curve: Curve, band: float) -> None:
     width = 2.2 if curve.bold else 1.7
     dash: Any = (0, tuple(float(part) / width for part in DASHES[curve.dash].split())) if DASHES[curve.dash] else "-"
     x, y = zip(*curve.points, strict=True)
-    axes.plot(x, y, color=colour, linestyle=dash, linewidth=width, zorder=3 + curve.bold, label=curve.label)
+    axes.plot(x, y, color=colour, linestyle=dash, linewidth=width, zorder=3 + curve.bold)
     dots = curve.points if curve.marked else _alone(curve.points)
     if dots:
         size = 3.6 if curve.marker == "o" else 4.2

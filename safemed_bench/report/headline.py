@@ -71,7 +71,7 @@ def banners(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(kind, text): what a reader must know before any number; `warn` or `phantom`."""
     found = []
     if summary["data"]["name"] == "phantom":
-        found.append(("phantom", f"Phantom data: {PHANTOM}. Only differences between models trained alike mean something."))
+        found.append(("phantom", f"Phantom data: {PHANTOM}. Only differences between models trained alike count."))
     found += [("warn", notice) for notice in summary["notices"]]
     failed = [d["id"] for d in summary.get("diagnostics", ()) if d.get("status") == "fail"]
     if failed:

@@ -19,7 +19,10 @@ MICRO, MACRO = "all (micro)", "all (macro)"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """An entry of a table. value and interval as words; sort: what the column is sorted by, "" for nothing; tint: 0 to 100, or None."""
+    """An entry of a table: words, and for numbers what they are sorted by and how wide their bar is.
+
+    sort: a number as text, "" for nothing. tint: 0 to 100, or None.
+    """
 
     value: str
     interval: str = ""
@@ -72,7 +75,7 @@ def _cells(row: Row, columns: tuple[Column, ...]) -> tuple[Cell, ...]:
 def cell(estimate: Estimate | None, column: Column, n: int | None = None) -> Cell:
     """An estimate as a cell; tinted where it is a share."""
     value, interval = cell_parts(estimate, column, n)
-    if estimate is None or math.isnan(estimate.value) and column.style != "count":
+    if estimate is None or (math.isnan(estimate.value) and column.style != "count"):
         return Cell(value)
     sort = estimate.n if column.style == "count" else estimate.value
     tint = round(100 * estimate.value, 1) if column.style == "percent" else None
@@ -94,16 +97,17 @@ def objective_grid(source: Source) -> Grid | None:
     worst = [c for c in numbers.aggregates if c.threat == numbers.headline and c.kind not in ("noise", CERTIFIED)]
     rows = []
     for condition in sorted(single, key=lambda c: (c.kind, c.objective or "")):
-        rows.append(((condition.kind.upper(), condition.objective or ""), _across(numbers, condition)))
+        rows.append(((condition.kind.upper(), condition.objective or ""), _across(source, condition)))
     totals = frozenset(range(len(rows), len(rows) + len(worst)))
     for condition in worst:
         kind = "every attack" if condition.kind == "worst" else condition.kind.upper()
-        rows.append(((kind, "worst per question"), _across(numbers, condition)))
+        rows.append(((kind, "worst per question"), _across(source, condition)))
     return Grid(("attack", "objective"), tuple(numbers.models), tuple(rows), totals=totals)
 
 
-def _across(numbers: Numbers, condition: Condition) -> tuple[Cell, ...]:
-    return tuple(cell(numbers.get(model, condition.name), Column(model)) for model in numbers.models)
+def _across(source: Source, condition: Condition) -> tuple[Cell, ...]:
+    numbers, n = source.numbers, len(source.questions)
+    return tuple(cell(numbers.get(model, condition.name), Column(model), n) for model in numbers.models)
 
 
 def overlap_grids(source: Source) -> list[tuple[str, Grid]]:
@@ -119,9 +123,9 @@ def overlap_grids(source: Source) -> list[tuple[str, Grid]]:
 
 def _overlap(verdicts: Verdicts, attacks: list[Condition]) -> Grid:
     names = [f"{c.kind.upper()} {(c.objective or '').replace('_', ' ')}".strip() for c in attacks]
-    rows = []
+    rows, n = [], len(verdicts.questions)
     for i, first in enumerate(attacks):
-        cells = [cell(_both(verdicts, first.name, second.name), Column("")) for second in attacks[: i + 1]]
+        cells = [cell(_both(verdicts, first.name, second.name), Column(""), n) for second in attacks[: i + 1]]
         rows.append(((names[i],), (*cells, *[Cell("")] * (len(attacks) - i - 1))))
     return Grid(("",), tuple(names), tuple(rows))
 

@@ -45,7 +45,7 @@ def pack(source: Source, budget: int = BUDGET) -> Packed:
     headline = source.numbers.headline
 
     def main(condition: Condition, text: str) -> str | None:
-        kept = condition.name == "clean" or condition.is_attack and condition.threat == headline
+        kept = condition.name == "clean" or (condition.is_attack and condition.threat == headline)
         return _cut(text) if kept else None
 
     steps: tuple[tuple[str, Keep], ...] = (
@@ -57,7 +57,7 @@ def pack(source: Source, budget: int = BUDGET) -> Packed:
     for note, keep in steps:
         data = encode(columns(source, keep))
         if len(data) <= budget:
-            return Packed(data, f"{note} for the sake of the page's size; records.jsonl has them whole." if note else "")
+            return Packed(data, note and f"{note} for the sake of the page's size; records.jsonl has them whole.")
     return Packed("", "The run is too large for a page: its questions are in records.jsonl.")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from .figures import Chart, draw, inline, swatch
 from .panels import Data
@@ -19,15 +19,16 @@ Stamp = tuple[str, str, str]
 PHANTOM = "generated images, no patients: nothing here is about medical images"
 
 
-def environment() -> Environment:
-    """Templates that escape what they are given and know no undefined name."""
-    return Environment(
+def template(name: str) -> Template:
+    """A template that escapes what it is given and knows no undefined name."""
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(name)
 
 
 def shown(

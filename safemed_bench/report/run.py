@@ -20,7 +20,7 @@ from .gallery import NO_PICTURES, examples
 from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, verdict
 from .matrices import modality_grid, objective_grid, overlap_grids
 from .packing import pack
-from .page import TEMPLATES, environment, shown
+from .page import TEMPLATES, shown, template
 from .source import Source, attacks_at, read_source
 
 PAGE = "report.html"
@@ -44,7 +44,7 @@ def run_page(source: Source) -> str:
     numbers, summary = source.numbers, source.summary
     script = Markup((TEMPLATES / "run.js").read_text(encoding="utf-8"))
     stamp = stamp_of(summary)
-    return environment().get_template("run.html.j2").render(
+    return template("run.html.j2").render(
         title=summary["title"] or summary["suite"],
         suite=summary["suite"],
         stamp=stamp,
@@ -74,11 +74,12 @@ def run_page(source: Source) -> str:
 def write_figures(source: Source) -> list[Path]:
     """The figures as SVG and PDF files in `figures/` of the run folder, with legend and stamp; returns the paths."""
     summary = source.summary
-    stamp = " · ".join((summary["data"]["stamp"], *summary["notices"]))
+    marks = "bands: 95% intervals; dotted: blind; dashed: chance"
     written = []
     for figure in (*eps_figures(source.numbers), *certified_figures(source.numbers)):
         title = f"{figure.group}: {figure.title}"
-        written += save(figure.chart, source.folder / FIGURES / figure.key, title, stamp)
+        small = " · ".join((summary["data"]["stamp"], *summary["notices"], *figure.notes, marks))
+        written += save(figure.chart, source.folder / FIGURES / figure.key, title, small)
     return written
 
 

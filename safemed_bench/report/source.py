@@ -25,8 +25,8 @@ CERTIFIED = "certified"
 class Source:
     """A run as the report sees it.
 
-    records: (model, condition) -> question id -> record. questions: id -> what run.json says of it, in the plan's order;
-    its words and its image are not there in runs of an older version. suite: as resolved, {} where there is no file.
+    records: (model, condition) -> question id -> record. questions: id -> what run.json says of it, in the order of the
+    plan; its words and its image are not there in runs of an older version. suite: as resolved, {} where it is not there.
     """
 
     run: Run
@@ -63,8 +63,8 @@ def read_source(folder: Path | str, summary: Mapping[str, Any] | None = None) ->
     for record in read_records(folder):
         records.setdefault((record.model, record.condition), {})[record.question_id] = record
     told = {question["id"]: question for question in run.info.get("questions", ())}
-    known = run.verdicts[0].questions if run.verdicts else []
-    questions = {id: told.get(id) or _of_frame(known, id) for id in (known.index if run.verdicts else ())}
+    known = run.verdicts[0].questions
+    questions = {id: told.get(id) or _of_frame(known, id) for id in map(str, known.index)}
     text, suite = _suite(folder / SUITE)
     return Source(run, summary, records, questions, suite, text)
 

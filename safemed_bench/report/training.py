@@ -14,7 +14,7 @@ from ..results.intervals import proportion
 from ..training.settings import AdversarySettings
 from .figures import number
 from .history import History, Line, Stage, read_history, seconds
-from .page import PHANTOM, environment, shown
+from .page import PHANTOM, shown, template
 from .panels import Panel, panels
 
 PAGE = "training.html"
@@ -38,7 +38,7 @@ def training_page(folder: Path) -> str:
     """
     history = read_history(folder)
     config = history.config
-    return environment().get_template("training.html.j2").render(
+    return template("training.html.j2").render(
         name=config.get("name") or folder.resolve().name,
         description=history.entry.get("description") or "",
         stamp=stamp(config),
@@ -224,6 +224,4 @@ def _shown(history: History, panel: Panel) -> dict[str, Any]:
         n = _questions(history, history.of(spec.event)[-1])
         notes.append(f"Bands: 95% intervals of {n} questions; with fewer in the split they are wider.")
     unit = "pixel scale" if spec.unit == "k/255" and not panel.in_255ths else spec.unit
-    return shown(
-        panel.chart, panel.data, key=spec.key, section=spec.section, title=spec.title, unit=unit, notes=notes
-    )
+    return shown(panel.chart, panel.data, key=spec.key, section=spec.section, title=spec.title, unit=unit, notes=notes)

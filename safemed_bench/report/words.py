@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from ..core.types import LETTERS, Estimate, Record
 from ..results.formats import cell_parts
-from ..results.tables import Column
+from ..results.tables import Column, Style
 
 _PIECES = re.compile(r"\w+|[^\w\s]|\s+")
 
 
-def share(estimate: Estimate | None, style: str = "percent") -> str:
-    """`95.0 [91.1, 97.3]`, in percent."""
-    return " ".join(filter(None, cell_parts(estimate, Column("", style))))  # type: ignore[arg-type]
+def share(estimate: Estimate | None, style: Style = "percent", n: int | None = None) -> str:
+    """`95.0 [91.1, 97.3]`, in percent; with its n where that is not the `n` that is told beside it."""
+    return " ".join(filter(None, cell_parts(estimate, Column("", style), n)))
 
 
 def sentence(estimate: Estimate) -> str:
