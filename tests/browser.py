@@ -125,6 +125,7 @@ class Page:
         scripts: bool = True,
     ) -> None:
         """Load a file from disk and wait until it is there: its records too, where scripts run."""
+        self.call("Performance.enable", timeDomain="threadTicks")
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call(
@@ -150,6 +151,12 @@ class Page:
         if "exceptionDetails" in answer:
             raise AssertionError(answer["exceptionDetails"]["exception"].get("description"))
         return answer["result"].get("value")
+
+    @property
+    def work(self) -> float:
+        """Seconds that the page's own thread has worked for since it was opened."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        return float(next(m["value"] for m in metrics if m["name"] == "TaskDuration"))
 
     def press(self, key: str) -> None:
         """A key, as a person presses it, on whatever has the focus."""

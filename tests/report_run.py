@@ -23,29 +23,9 @@ ATTACKS = ("fgsm[answer]@linf:4/255", "pgd[answer]@linf:2/255", "pgd[answer]@lin
 REASONED = "pgd[decision_slot]@linf:4/255"
 HOSTILE = '<think></script><img src=x onerror="window.hacked=1"> a mass</think><answer>B</answer>'
 RATES = {"clean": 0.9, "blank": 0.5, "shuffled": 0.45, "fgsm": 0.6, "pgd": 0.4}
-WORDS = tuple(
-    [
-        "this",
-        "image",
-        "shows",
-        "a",
-        "small",
-        "bright",
-        "dark",
-        "large",
-        "ring",
-        "spot",
-        "of",
-        "the",
-        "liver",
-        "lung",
-        "knee",
-        "with",
-        "no",
-        "sign",
-        "so",
-    ]
-)
+TEXT = "this image shows a small bright dark large ring spot of the liver lung knee with no sign so"
+WORDS = tuple(TEXT.split())
+LONG_WORDS = [word + ending for word in WORDS for ending in ("", "al", "ation", "ic", "ous")]
 
 
 def write_run(folder: Path, count: int = 24, data: str = "phantom", **changes: Any) -> Path:
@@ -84,6 +64,39 @@ def write_run(folder: Path, count: int = 24, data: str = "phantom", **changes: A
         "run": {"seed": 7},
     }
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return folder
+
+
+def write_large_run(folder: Path, count: int, words: int = 30) -> Path:
+    """A run of one model under six conditions, without pictures: `count` questions, each reply of so many words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    questions = [
+        {
+            "id": f"Dataset_{i:06d}",
+            "modality": MODALITIES[i % 3],
+            "question_type": ("Diagnosis", "Anatomy")[i % 2],
+            "image_sha256": f"{i:064x}",
+            "n_options": 4,
+            "text_prior": bool(draw.random() < 0.5),
+            "question": f"What does picture {i} most likely show?",
+            "options": [f"{OPTIONS[(i + k) % 4]} of kind {draw.integers(9)}" for k in range(4)],
+        }
+        for i in range(count)
+    ]
+    conditions = (*CLEAN, "noise@linf:4/255", *ATTACKS[::2])
+    records = []
+    for condition in conditions:
+        rate = RATES.get(condition.partition("[")[0].partition("@")[0], 0.9)
+        for i, question in enumerate(questions):
+            record = _record(draw, "thinks", condition, i, question, rate)
+            said = " ".join(draw.choice(LONG_WORDS, words))
+            records.append(replace(record, text=f"<think>{said}</think>{record.text[-18:]}"))
+    write_records(folder, records)
+    cells = [{"model": "thinks", "condition": condition} for condition in conditions]
+    info = {"suite": "large", "data": {"name": "omnimedvqa", "stamp": "OmniMedVQA at Large"}, "headline": "linf:4/255"}
+    models = [{"name": "thinks", "reasons": True}]
+    (folder / "run.json").write_text(json.dumps(info | {"models": models, "cells": cells, "questions": questions}))
     return folder
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from browser import Browser, chromium
 from PIL import Image
-from report_run import ATTACKS, HOSTILE, REASONED, read_records, write_records, write_run
+from report_run import ATTACKS, HOSTILE, REASONED, read_records, write_large_run, write_records, write_run
 from test_training_page import Page as Html
 from test_training_page import config, lines
 from test_training_page import write as write_training
@@ -216,9 +216,12 @@ def test_sections_only_where_there_is_something_to_say(source: Source, html: str
         {"id": "monotone-eps", "status": "pass", "rule": "more eps, less accuracy", "evidence": {"drop": 0.2}},
         {"id": "zero-eps", "status": "fail", "rule": "eps 0 is clean", "evidence": "2 <of> 24 differ"},
     ]
-    rows = [r | {"condition": f"certified@l2:{radius}", "value": value, "low": value - 0.1, "high": value + 0.1}
-            for radius, value in (("0.25", 0.75), ("0.5", 0.5))
-            for r in source.summary["estimates"] if r["condition"] == "clean" and r["metric"] == "accuracy"]  # fmt: skip
+    clean = [r for r in source.summary["estimates"] if r["condition"] == "clean" and r["metric"] == "accuracy"]
+    rows = [
+        row | {"condition": f"certified@l2:{radius}", "value": value, "low": value - 0.1, "high": value + 0.1}
+        for radius, value in (("0.25", 0.75), ("0.5", 0.5))
+        for row in clean
+    ]
     more = with_summary(source, diagnostics=checks, estimates=[*source.summary["estimates"], *rows])
     html = run_page(more)
     told = section(html, "diagnostics")
@@ -496,6 +499,28 @@ def test_on_paper_there_is_no_browser_and_all_of_the_tables(browser: Browser, pa
         assert tab.run("getComputedStyle(document.querySelector('.card')).overflowX") == "visible"
         printed = tab.call("Page.printToPDF")["data"]
         assert base64.b64decode(printed).startswith(b"%PDF")
+
+
+# --- size ---
+
+
+def opening(browser: Browser, page: Path) -> tuple[float, float]:
+    """Seconds until page and records are there and the first search has run: by the clock, and of the page's thread.
+
+    The clock of a machine that others use measures them, too; the thread's own time is the page's alone.
+    """
+    with browser.page(page) as tab:
+        assert tab.problems == [] and tab.requests == []
+        return tab.run("Number(document.documentElement.dataset.seconds)"), tab.work
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(17662, marks=pytest.mark.slow)])
+def test_a_large_run_is_a_small_page(browser: Browser, tmp_path: Path, count: int) -> None:
+    page = write_run_page(write_large_run(tmp_path, count))
+    size, (clock, work) = page.stat().st_size, opening(browser, page)
+    print(f"{count} questions x 6 conditions: {size / 1e6:.2f} MB, opened in {clock:.2f} s, {work:.2f} s of them work")
+    assert size <= 10e6 * max(count / 17662, 0.1) and work < 3
+    assert len(unpacked(page.read_text())["cells"]) == 6
 
 
 # --- the command ---

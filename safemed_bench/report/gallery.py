@@ -25,7 +25,7 @@ from .words import Piece, compare, option, verdict
 
 LIMIT = 8
 """Most examples of a page, shared out among the models."""
-BUDGET = 2_500_000
+BUDGET = 2_000_000
 """Most bytes of embedded pictures; further examples are left out, so that large images do not make a large page."""
 GREY = 128
 NO_PICTURES = "No picture is shown: the saved images of this run, or the files they were made from, are not here."

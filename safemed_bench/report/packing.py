@@ -22,7 +22,7 @@ from ..results.frames import Condition
 from ..results.tables import condition_label
 from .source import Source
 
-BUDGET = 6_000_000
+BUDGET = 7_000_000
 """Most characters of the packed records."""
 CUT = 240
 """Length to which replies are shortened where there is no room for them whole."""
@@ -45,19 +45,24 @@ def pack(source: Source, budget: int = BUDGET) -> Packed:
     headline = source.numbers.headline
 
     def main(condition: Condition, text: str) -> str | None:
-        kept = condition.name == "clean" or (condition.is_attack and condition.threat == headline)
-        return _cut(text) if kept else None
+        return text if condition.name == "clean" or (condition.is_attack and condition.threat == headline) else None
 
+    def short(condition: Condition, text: str) -> str | None:
+        return _cut(text) if main(condition, text) is not None else None
+
+    most = f"Only replies under clean and {headline} are carried here"
     steps: tuple[tuple[str, Keep], ...] = (
         ("", lambda _, text: text),
-        (f"Replies are shortened to {CUT} characters here", lambda _, text: _cut(text)),
-        (f"Replies are shortened to {CUT} characters here, and left out but for clean and {headline}", main),
-        ("Replies are left out here", lambda _, text: None),
+        (most, main),
+        (f"{most}, shortened to {CUT} characters", short),
+        ("No replies are carried here", lambda _, text: None),
     )
     for note, keep in steps:
         data = encode(columns(source, keep))
         if len(data) <= budget:
-            return Packed(data, note and f"{note} for the sake of the page's size; records.jsonl has them whole.")
+            return Packed(
+                data, note and f"{note}, for the sake of the page's size; records.jsonl has all of them whole."
+            )
     return Packed("", "The run is too large for a page: its questions are in records.jsonl.")
 
 

@@ -26,7 +26,7 @@ class Source:
     """A run as the report sees it.
 
     records: (model, condition) -> question id -> record. questions: id -> what run.json says of it, in the order of the
-    plan; its words and its image are not there in runs of an older version. suite: as resolved, {} where it is not there.
+    plan; its words and its image are not there in runs of an older version. suite: as resolved, {} where unknown.
     """
 
     run: Run

@@ -45,7 +45,8 @@
   let data, found = [], shown = 0, current = -1;
 
   async function unpack(text) {
-    const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const letters = atob(text), bytes = new Uint8Array(letters.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(stream).json();
   }
@@ -53,7 +54,7 @@
   function prepare(raw) {
     const clean = new Map(raw.cells.filter((c) => c.condition === "clean").map((c) => [c.model, c]));
     for (const cell of raw.cells) cell.clean = clean.get(cell.model);
-    return { ...raw, lower: raw.strings.map((s) => s.toLowerCase()), place: new Map(raw.questions.id.map((id, i) => [id, i])) };
+    return { ...raw, lower: undefined, place: new Map(raw.questions.id.map((id, i) => [id, i])) };
   }
 
   const string = (place) => (place < 0 ? "" : data.strings[place]);
@@ -78,8 +79,9 @@
   function search() {
     const chosen = Object.fromEntries(["model", "condition", "modality", "type", "outcome"].map((k) => [k, $("f-" + k).value]));
     const words = $("f-text").value.trim().toLowerCase();
-    const { questions, strings, lower } = data;
-    const hit = words && lower.map((text) => text.includes(words));
+    const { questions, strings } = data;
+    if (words) data.lower ??= strings.map((text) => text.toLowerCase()); // once, and only for who searches
+    const hit = words && data.lower.map((text) => text.includes(words));
     const fits = questions.id.map((id, q) => {
       if (chosen.modality && strings[questions.modality[q]] !== chosen.modality) return 0;
       if (chosen.type && strings[questions.type[q]] !== chosen.type) return 0;
@@ -209,6 +211,7 @@
     listen();
     search();
     follow();
+    document.documentElement.dataset.seconds = (performance.now() / 1000).toFixed(3);
     document.documentElement.dataset.ready = "yes";
   }, (error) => {
     $("count").textContent = `The records of this page cannot be read by this browser (${error}); they are in records.jsonl.`;
