@@ -259,6 +259,22 @@ def test_a_training_beside_the_entry_is_shown(tmp_path: Path) -> None:
     assert 'id="training-0-validation"' in part and "<h3>plain</h3>" in part and "<h3>thinks</h3>" not in part
 
 
+def test_runs_with_little_in_them_have_a_page_all_the_same(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "clean")
+    clean = [r for r in read_records(run) if r.condition == "clean" and r.model == "plain"]
+    for name in ("run.json", "suite.yaml"):
+        (run / name).unlink()
+    write_records(run, clean)
+    html = run_page(read_source(run))
+    told = Html(html).text
+    assert "DATA UNKNOWN" in told and "No attack was run." in told and "Right of 24 questions: plain" in told
+    assert not section(html, "eps") and not section(html, "attacks") and not section(html, "gallery")
+    assert unpacked(html)["questions"]["id"] == [r.question_id for r in clean]
+    write_records(run, [replace(r, error="no image", answer=None, status=None, correct=None) for r in clean])
+    html = run_page(read_source(run))
+    assert "No question has a verdict." in html and "PARTIAL: 24 of 24 units" in html
+
+
 # --- pictures ---
 
 
