@@ -192,14 +192,22 @@ def train(
 
 @app.command()
 def report(
-    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a training, such as runs/NAME.")],
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run or of a training.")],
+    latex: Annotated[bool, typer.Option("--latex", help="Print the run's tables as LaTeX, and write nothing.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The same as Markdown.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="The same as CSV.")] = False,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Write the run's figures as SVG and PDF, too, into RUN/figures.")
+    ] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the HTML page of a training, and print where it is."""
+    """Write the HTML report of a run, or the page of a training, and print where it is. Needs no model."""
+    from .commands.report import Format
     from .commands.report import report as work
 
-    work(folder, as_json=json)
+    asked: dict[Format, bool] = {"latex": latex, "markdown": markdown, "csv": csv}
+    work(folder, tables=[name for name, on in asked.items() if on], figures=figures, as_json=json)
 
 
 @app.command()

@@ -301,7 +301,7 @@ def test_a_run_ends_in_tables(finished: tuple[Path, subprocess.CompletedProcess[
     output, done = finished
     assert done.returncode == 0, done.stderr
     assert "phantom" in done.stdout and "toy_cot" in done.stdout and "\x1b" not in done.stdout + done.stderr
-    assert f"report folder: {output}" in done.stderr
+    assert f"report: {output / 'report.html'}" in done.stderr
     summary = json.loads((output / "summary.json").read_text())
     conditions = {e["condition"] for e in summary["estimates"]}
     assert {"clean", "blank", "pgd@linf:8/255", "pgd[decision_slot]@linf:8/255", "worst@linf:8/255"} <= conditions
@@ -371,7 +371,7 @@ def test_what_is_absent_is_left_out_and_said_and_the_rest_is_measured(gaps: str,
     complaint = done.stderr.splitlines()[-2:]
     assert complaint[0].startswith("gaps: gone: model folder not found: /no/where/gone")
     assert complaint[1] == "gaps: toy_absent: no weights here"
-    assert done.stderr.count("report folder:") == 2
+    assert done.stderr.count("report.html") == 2
     assert "LEFT OUT gone" in done.stdout and "PARTIAL: 24 of 48 units" in done.stdout
     for name, models in (("gaps", {"toy"}), ("later", {"toy", "toy_cot"})):
         summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())

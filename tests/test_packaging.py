@@ -40,4 +40,4 @@ def test_a_shipped_suite_is_found_outside_a_checkout(tmp_path: Path, monkeypatch
 def test_make_demo_leaves_the_report_folder_to_the_command() -> None:
     told = ["make", "-n", "demo", "ARGS=--set name=other"]
     done = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "safemed-bench run" in done.stdout and "report folder" not in done.stdout
+    assert "safemed-bench run" in done.stdout and "report:" not in done.stdout

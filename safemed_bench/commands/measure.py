@@ -51,7 +51,7 @@ def run(
         if report["summary"] and not as_json:
             render(report["summary"], out.results())
         if not quiet:
-            out.note(f"report folder: {folder}")
+            out.note(f"report: {report['report'] or folder}")
     if as_json:
         out.print_json({"runs": reports})
     if absent or unloaded:
@@ -76,6 +76,7 @@ def _measure(
     plan: Plan, folder: Path, request: Request, resume: bool, retry_errors: bool, reporter: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """One suite's report, without a summary where nothing was measured; and what is said of models that failed."""
+    from ..report.run import write_run_page
     from ..results import summarise
     from ..run import RECORDS, ModelsFailedError, execute
 
@@ -91,6 +92,7 @@ def _measure(
         "suite": plan.suite.name,
         "output": str(folder),
         "outcome": asdict(outcome),
+        "report": str(write_run_page(folder, summary)) if summary else None,
         "summary": summary,
     }, failed
 

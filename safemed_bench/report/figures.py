@@ -9,9 +9,12 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.style
@@ -19,7 +22,10 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from ..core.journal import write_atomic
 
 Scale = Literal["share", "rate", "linear", "log"]
 
@@ -38,6 +44,9 @@ COLOURS = {
 """Okabe and Ito's colours, the light ones darkened to be seen on white. No two mean the same, see `inline`."""
 
 CYCLE = ("blue", "vermillion", "green", "purple", "orange", "sky", "grey")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""As many shapes as colours: who cannot tell the colours can tell the curves."""
+
 DASHES = {"solid": "", "dashed": "5 2.5", "dotted": "1.4 2"}
 """SVG dash patterns; the second sign of a curve, for who cannot tell its colour."""
 
@@ -47,6 +56,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 8, 20, 38
 
 _STYLE = {
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "font.size": 12,
     "axes.edgecolor": COLOURS["line"],
     "axes.labelcolor": COLOURS["soft"],
@@ -66,6 +76,9 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+FOOT_WORDS = 98
+"""Characters of the small print below a figure of a file that fit into a line."""
+
 _STAGE_NAME = 10
 """Size of the names of stages."""
 
@@ -81,6 +94,7 @@ class Curve:
     marked: bool = False
     bold: bool = False
     band: tuple[tuple[float, float, float], ...] = ()
+    marker: str = "o"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +114,8 @@ class Level:
     value: float
     begin: float
     end: float
+    colour: str = "soft"
+    dash: str = "dashed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +123,7 @@ class Chart:
     """What is to be drawn. name: unique on its page.
 
     scale: "share" from 0 to 100%, "rate" a share from 0 to its maximum, "log" where all values are positive and far
-    apart (else linear).
+    apart (else linear). ticks: (x, word) where the x axis is to be marked; whole numbers where there are none.
     """
 
     name: str
@@ -117,41 +133,95 @@ class Chart:
     spans: tuple[Span, ...] = ()
     levels: tuple[Level, ...] = ()
     x_label: str = "step"
+    ticks: tuple[tuple[float, str], ...] = ()
 
 
 def draw(chart: Chart) -> str:
     """The chart as a whole SVG document."""
-    # "default" first: the reader's own matplotlibrc must not change what a report looks like.
-    with matplotlib.style.context(["default", _STYLE, {"svg.hashsalt": chart.name}]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser's fonts have it
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), frameon=False)
-        FigureCanvasSVG(figure)
-        size = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
-        axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, size[0] / WIDTH, size[1] / HEIGHT), frameon=True)
-        axes.patch.set_visible(False)
-        _limits(axes, chart)
-        _spans(axes, chart, size[0])
-        _levels(axes, chart.levels)
-        for curve in chart.curves:
-            _curve(axes, curve)
+    with _drawing(chart):
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=_NO_METADATA)
+        _figure(chart, HEIGHT, BOTTOM).savefig(out, format="svg", metadata=_NO_METADATA)
     return out.getvalue()
 
 
-def _curve(axes: Axes, curve: Curve) -> None:
+def save(chart: Chart, stem: Path, title: str, small: str) -> list[Path]:
+    """The chart as `<stem>.svg` and `<stem>.pdf` for a paper, with its legend; returns the paths.
+
+    title stands above the chart, small (such as the data's stamp) below it: a figure that is passed on alone still says
+    what it shows.
+    """
+    lines = textwrap.wrap(small, FOOT_WORDS)
+    foot = 8 + 10 * len(lines) + 15 * -(-len(chart.curves) // 2)
+    height, bottom = HEIGHT + foot + 14, BOTTOM + foot
+    written = []
+    with _drawing(chart):
+        figure = _figure(chart, height, bottom)
+        figure.text(0.012, 1 - 12 / height, title, fontsize=11, color=COLOURS["ink"], va="center", parse_math=False)
+        figure.text(0.012, 5 / height, "\n".join(lines), fontsize=7.5, color=COLOURS["soft"], parse_math=False)
+        names = [_handle(curve) for curve in chart.curves]
+        place = (0.5, (foot - 1) / height)
+        figure.legend(handles=names, loc="upper center", bbox_to_anchor=place, ncols=2, frameon=False, fontsize=9,
+                      borderpad=0, borderaxespad=0, labelspacing=0.25)  # fmt: skip
+        for suffix, metadata in (("svg", _NO_METADATA), ("pdf", {"CreationDate": None, "Producer": None})):
+            out = io.BytesIO()
+            figure.savefig(out, format=suffix, metadata=metadata)
+            path = stem.with_name(f"{stem.name}.{suffix}")
+            write_atomic(path, out.getvalue())
+            written.append(path)
+    return written
+
+
+def _handle(curve: Curve) -> Line2D:
+    """A curve as the legend of a file shows it."""
+    marker = curve.marker if curve.marked else ""
+    dash: Any = curve.dash  # DASHES has matplotlib's own names
+    return Line2D([], [], color=COLOURS[curve.colour], marker=marker, markersize=4, linestyle=dash, label=curve.label)
+
+
+@contextmanager
+def _drawing(chart: Chart) -> Iterator[None]:
+    # "default" first: the reader's own matplotlibrc must not change what a report looks like.
+    with matplotlib.style.context(["default", _STYLE, {"svg.hashsalt": chart.name}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser's fonts have it
+        yield
+
+
+def _figure(chart: Chart, height: float, bottom: float) -> Figure:
+    """The chart on a sheet of WIDTH x `height`; its axes are as large on any of them."""
+    figure = Figure(figsize=(WIDTH / 72, height / 72), frameon=False)
+    FigureCanvasSVG(figure)
+    size = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
+    axes = figure.add_axes((LEFT / WIDTH, bottom / height, size[0] / WIDTH, size[1] / height), frameon=True)
+    axes.patch.set_visible(False)
+    _limits(axes, chart)
+    _spans(axes, chart, size[0])
+    _levels(axes, chart.levels)
+    for curve in chart.curves:
+        _curve(axes, curve, band=0.13 if len(chart.curves) < 3 else 0.09)
+    return figure
+
+
+def _curve(axes: Axes, curve: Curve, band: float) -> None:
+    """band: opacity of the interval, less where many lie on each other."""
     colour = COLOURS[curve.colour]
     if curve.band:
         x, low, high = zip(*curve.band, strict=True)
-        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(x, low, high, color=colour, alpha=band, linewidth=0)
     width = 2.2 if curve.bold else 1.7
     dash: Any = (0, tuple(float(part) / width for part in DASHES[curve.dash].split())) if DASHES[curve.dash] else "-"
     x, y = zip(*curve.points, strict=True)
     axes.plot(x, y, color=colour, linestyle=dash, linewidth=width, zorder=3 + curve.bold)
     dots = curve.points if curve.marked else _alone(curve.points)
     if dots:
+        size = 3.6 if curve.marker == "o" else 4.2
         axes.plot(
-            *zip(*dots, strict=True), color=colour, linestyle="", marker="o", markersize=3.6, zorder=4, clip_on=False
+            *zip(*dots, strict=True),
+            color=colour,
+            linestyle="",
+            marker=curve.marker,
+            markersize=size,
+            zorder=4,
+            clip_on=False,
         )
 
 
@@ -166,8 +236,11 @@ def _alone(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def _limits(axes: Axes, chart: Chart) -> None:
     """Limits and ticks of both axes."""
     axes.set_xlim(0, chart.x_end or 1)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+    if chart.ticks:
+        axes.set_xticks([x for x, _ in chart.ticks], [word for _, word in chart.ticks])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     axes.set_xlabel(chart.x_label, labelpad=1)
     values = [y for curve in chart.curves for _, y in curve.points if math.isfinite(y)]
     values += [edge for curve in chart.curves for _, *edges in curve.band for edge in edges]
@@ -234,9 +307,9 @@ def _levels(axes: Axes, levels: Sequence[Level]) -> None:
         axes.plot(
             (level.begin, level.end),
             (level.value, level.value),
-            color=COLOURS["soft"],
+            color=COLOURS[level.colour],
             linewidth=1,
-            linestyle=(0, (4, 2)),
+            linestyle=(0, (1.4, 2) if level.dash == "dotted" else (4, 2)),
             zorder=2,
         )
         if level.label:
@@ -273,11 +346,23 @@ def inline(svg: str, label: str) -> Markup:
     return Markup(head + body.strip())
 
 
+_SHAPES = {
+    "s": "M7.5 .5h7v7h-7z",
+    "^": "M11 0L15.2 7.6H6.8z",
+    "D": "M11 -.6L15.6 4L11 8.6L6.4 4z",
+    "v": "M11 8L15.2 .4H6.8z",
+    "P": "M9.5 0h3v2.5H15v3h-2.5V8h-3V5.5H7v-3h2.5z",
+    "X": "M8 0L11 2.2L14 0L15 1L12.8 4L15 7L14 8L11 5.8L8 8L7 7L9.2 4L7 1z",
+}
+
+
 def swatch(curve: Curve) -> Markup:
-    """The line of a curve, for a legend."""
+    """The line of a curve with its marker, where it is not the usual dot, for a legend."""
     dash = f' stroke-dasharray="{DASHES[curve.dash]}"' if DASHES[curve.dash] else ""
     width = 3 if curve.bold else 2.4
+    colour = f"var(--{curve.colour})"
+    shape = f'<path d="{_SHAPES[curve.marker]}" fill="{colour}"/>' if curve.marker in _SHAPES else ""
     return Markup(
-        f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true"><path d="M1 4H21" stroke="var(--{curve.colour})" '
-        f'stroke-width="{width}"{dash}/></svg>'
+        f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true"><path d="M1 4H21" stroke="{colour}" '
+        f'stroke-width="{width}"{dash}/>{shape}</svg>'
     )

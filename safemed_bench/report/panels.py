@@ -194,11 +194,15 @@ ORDER = ("all", "clean", "adversarial", "shuffled", "policy", "consistency")
 
 @dataclass(frozen=True)
 class Data:
-    """Rows behind a figure; thinned: to so many of how many lines, None where all are there."""
+    """Rows behind a figure; thinned: to so many of how many lines, None where all are there.
+
+    words: places of the columns that hold no numbers.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    thinned: int | None
+    thinned: int | None = None
+    words: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)

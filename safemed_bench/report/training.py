@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..core.journal import write_atomic
 from ..results.intervals import proportion
 from ..training.settings import AdversarySettings
-from .figures import draw, inline, number, swatch
+from .figures import number
 from .history import History, Line, Stage, read_history, seconds
+from .page import PHANTOM, shown, template
 from .panels import Panel, panels
 
 PAGE = "training.html"
-TEMPLATES = Path(__file__).parent / "templates"
 ROBUSTNESS_QUESTIONS = 64
 """Most questions of a look for catastrophic overfitting: CHUNK of training/validate.py, which is not for here."""
 
@@ -39,15 +38,7 @@ def training_page(folder: Path) -> str:
     """
     history = read_history(folder)
     config = history.config
-    found = panels(history, lambda name, lines: _band(history, name, lines))
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("training.html.j2").render(
+    return template("training.html.j2").render(
         name=config.get("name") or folder.resolve().name,
         description=history.entry.get("description") or "",
         stamp=stamp(config),
@@ -55,7 +46,7 @@ def training_page(folder: Path) -> str:
         notes=history.notes,
         facts=_facts(history),
         stages=_stages(history),
-        panels=[_shown(history, panel) for panel in found],
+        panels=figures(history),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100) if config else "",
     )
 
@@ -67,7 +58,7 @@ def stamp(config: Mapping[str, Any]) -> tuple[str, str, str]:
     """(kind, name, words) of the data of a training; it stands above everything that is shown of it."""
     data = config.get("data") or {}
     if data.get("name") == "phantom":
-        return "phantom", "PHANTOM DATA", "generated images, no patients: nothing here is about medical images"
+        return "phantom", "PHANTOM DATA", PHANTOM
     if data.get("name") == "omnimedvqa":
         root = Path(data.get("root") or "")
         return "real", "OmniMedVQA", f"folder {root.name or root}, split scheme {data.get('scheme', 'auto')}"
@@ -220,21 +211,17 @@ def _interval(value: float, n: int) -> tuple[float, float]:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
+def figures(history: History, keys: Container[str] | None = None) -> list[dict[str, Any]]:
+    """The figures of a training as templates/panel.html.j2 needs them: all of them, or those of `keys`."""
+    found = panels(history, lambda name, lines: _band(history, name, lines))
+    return [_shown(history, panel) for panel in found if keys is None or panel.spec.key in keys]
+
+
 def _shown(history: History, panel: Panel) -> dict[str, Any]:
     """A figure as the template needs it."""
-    spec, curves = panel.spec, panel.chart.curves
-    notes = list(panel.notes)
-    if any(curve.band for curve in curves):
+    spec, notes = panel.spec, list(panel.notes)
+    if any(curve.band for curve in panel.chart.curves):
         n = _questions(history, history.of(spec.event)[-1])
         notes.append(f"Bands: 95% intervals of {n} questions; with fewer in the split they are wider.")
     unit = "pixel scale" if spec.unit == "k/255" and not panel.in_255ths else spec.unit
-    return {
-        "key": spec.key,
-        "section": spec.section,
-        "title": spec.title,
-        "unit": unit,
-        "notes": notes,
-        "svg": inline(draw(panel.chart), f"{spec.title}: {', '.join(curve.label for curve in curves)}"),
-        "legend": [(swatch(curve), curve.label) for curve in curves] if len(curves) > 1 else [],
-        "data": panel.data,
-    }
+    return shown(panel.chart, panel.data, key=spec.key, section=spec.section, title=spec.title, unit=unit, notes=notes)

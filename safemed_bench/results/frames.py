@@ -6,8 +6,8 @@ tables of question x condition. Aggregates over attacks are more columns of the 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
 (a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons, smooth}]; `cells`
 [{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id and the
-QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has it);
-`provenance` (copied into the summary).
+QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has it; what
+else they say of a question, its words and its image, is for the report); `provenance` (copied into the summary).
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def load_records(folder: Path | str) -> pd.DataFrame:
     folder = Path(folder)
     rows = [
         [*(getattr(record, name) for name in COLUMNS), *(record.extra.get(name) for name in CERTIFICATE)]
-        for record in _records(folder)
+        for record in read_records(folder)
     ]
     if not rows:
         raise DataError(f"{folder} holds no records: neither {journal.JOURNAL} nor {RECORDS} has a line")
@@ -146,7 +146,8 @@ def load_records(folder: Path | str) -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
-def _records(folder: Path) -> Iterable[Record]:
+def read_records(folder: Path) -> Iterable[Record]:
+    """The records that count, one by one and with their texts: see `load_records`. Raises DataError."""
     exported, written = (folder / RECORDS).is_file(), (folder / journal.JOURNAL).is_file()
     if exported and (_ended(load_info(folder)) or not written):
         return _exported(folder / RECORDS)

@@ -79,6 +79,9 @@ def describe(plan: Plan) -> dict[str, Any]:
                 "n_options": len(q.options),
                 "text_prior": dataset.text_prior.get(q.id),
                 **_opposite(q),
+                "question": q.question,
+                "options": list(q.options),
+                "image": q.image,
             }
             for q in dataset.questions
         ],

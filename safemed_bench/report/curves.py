@@ -1,0 +1,176 @@
+"""Figures of a run: accuracy against eps, one panel per modality, and certified accuracy against radius."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.types import Estimate
+from ..results.frames import Condition
+from ..results.summary import threat_order
+from ..results.tables import ALL, Numbers
+from .figures import CYCLE, DASHES, MARKERS, Chart, Curve, Level
+from .panels import Data
+from .source import CERTIFIED
+from .words import share
+
+NORMS = {"linf": "L∞", "l2": "L2"}
+
+
+@dataclass(frozen=True)
+class RunFigure:
+    """A figure of a run. key: its id and file name. group, title: what it shows, of which questions. unit: the norm."""
+
+    key: str
+    group: str
+    title: str
+    unit: str
+    chart: Chart
+    data: Data
+    notes: tuple[str, ...] = ()
+
+
+def eps_figures(numbers: Numbers) -> list[RunFigure]:
+    """Accuracy under the worst of all attacks against eps: all modalities first, then each; apart for each norm."""
+    worst = [c for c in numbers.conditions if c.kind == "worst" and c.threat]
+    figures = []
+    for norm in NORMS:
+        threats = sorted((c for c in worst if (c.threat or "").startswith(norm + ":")), key=_size)
+        if threats:
+            figures += [_eps_figure(numbers, norm, threats, m) for m in _modalities(numbers)]
+    return figures
+
+
+def certified_figures(numbers: Numbers) -> list[RunFigure]:
+    """Certified accuracy against the radius. Empty where the run certified nothing."""
+    found = sorted((c for c in numbers.conditions if c.kind == CERTIFIED and c.threat), key=_size)
+    return [_radius_figure(numbers, found, m) for m in _modalities(numbers)] if found else []
+
+
+def _modalities(numbers: Numbers) -> list[str]:
+    names = dict.fromkeys(m for model in numbers.models for m in numbers.modalities(model))
+    return [ALL, *(name for name in names if name != ALL)] if len(names) > 2 else [ALL]
+
+
+def _size(condition: Condition) -> float:
+    return threat_order(condition.threat or "")[1]
+
+
+def _word(condition: Condition) -> str:
+    return (condition.threat or "").partition(":")[2]
+
+
+def _eps_figure(numbers: Numbers, norm: str, threats: Sequence[Condition], modality: str) -> RunFigure:
+    scale = 255.0 if norm == "linf" else 1.0
+    places = [0.0, *(_size(c) * scale for c in threats)]
+    names = ["clean", *(c.name for c in threats)]
+    rows = _measured(numbers, names, modality)
+    floors = {model: e for model in rows if (e := numbers.blind(model, modality))}
+    key = f"eps-{norm}-{_slug(modality)}"
+    # The words of many eps would run into each other; the axis then has plain numbers.
+    ticks = tuple(zip(places, ("0", *(_word(c).removesuffix("/255") for c in threats)), strict=True))
+    chart = Chart(
+        key,
+        tuple(_curve(model, i, places, cells) for i, (model, cells) in enumerate(rows.items())),
+        places[-1],
+        "share",
+        levels=_levels(numbers, modality, list(rows), floors, places[-1]),
+        x_label=f"eps, {NORMS[norm]}{', 1/255 of the pixel range' if norm == 'linf' else ''}",
+        ticks=ticks if len(ticks) <= 8 else (),
+    )
+    data = _table(numbers, modality, ("clean", *(f"worst {_word(c)}" for c in threats)), rows, floors)
+    return RunFigure(key, "Accuracy, worst attack", _title(modality), NORMS[norm], chart, data, _asked(rows))
+
+
+def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) -> RunFigure:
+    names, places = [c.name for c in radii], [_size(c) for c in radii]
+    rows = _measured(numbers, names, modality)
+    key = f"radius-{_slug(modality)}"
+    floors = {model: e for model in rows if (e := numbers.blind(model, modality))}
+    chart = Chart(
+        key,
+        tuple(_curve(model, i, places, cells) for i, (model, cells) in enumerate(rows.items())),
+        places[-1],
+        "share",
+        levels=_levels(numbers, modality, list(rows), {}, places[-1]),
+        x_label="certified radius, L2",
+        ticks=tuple((place, _word(c)) for place, c in zip(places, radii, strict=True)) if len(radii) <= 8 else (),
+    )
+    data = _table(numbers, modality, [f"L2 {_word(c)}" for c in radii], rows, floors)
+    return RunFigure(key, "Certified accuracy", _title(modality), "L2", chart, data, _asked(rows))
+
+
+Rows = dict[str, list[Estimate | None]]
+
+
+def _measured(numbers: Numbers, names: Sequence[str], modality: str) -> Rows:
+    """model -> its accuracies under these conditions; models without any are left out."""
+    rows = {model: [numbers.get(model, name, "accuracy", modality) for name in names] for model in numbers.models}
+    return {model: cells for model, cells in rows.items() if any(e is not None and e.n for e in cells)}
+
+
+def _table(numbers: Numbers, modality: str, names: Sequence[str], rows: Rows, floors: Mapping[str, Estimate]) -> Data:
+    """The numbers of a figure, and beside them n, what is right blind, and chance."""
+    body = []
+    for model, cells in rows.items():
+        n = max(e.n for e in cells if e is not None)
+        chance = numbers.get(model, "clean", "chance", modality)
+        body.append(
+            (
+                model,
+                f"{n:,}",
+                *(share(e, n=n) for e in cells),
+                share(floors.get(model), n=n),
+                share(chance, "bare"),
+            )
+        )
+    return Data(("model", "n", *names, "blind", "chance"), tuple(body), words=(0,))
+
+
+def _asked(rows: Rows) -> tuple[str, ...]:
+    """How many questions the points rest on."""
+    counts = sorted({e.n for cells in rows.values() for e in cells if e is not None and e.n})
+    return (f"n = {' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))}",) if counts else ()
+
+
+def _curve(model: str, place: int, x: Sequence[float], cells: Sequence[Estimate | None]) -> Curve:
+    points = tuple((at, e.value if e is not None and e.n else math.nan) for at, e in zip(x, cells, strict=True))
+    band = tuple((at, e.low, e.high) for at, e in zip(x, cells, strict=True) if e is not None and e.n)
+    dash = list(DASHES)[place // len(CYCLE) % len(DASHES)]
+    return Curve(model, points, colour_of(place), dash, marked=True, band=band, marker=MARKERS[place % len(MARKERS)])
+
+
+def colour_of(place: int) -> str:
+    """The colour of the model at this place of the run, the same in every figure."""
+    return CYCLE[place % len(CYCLE)]
+
+
+def _levels(
+    numbers: Numbers, modality: str, models: Sequence[str], floors: Mapping[str, Estimate], end: float
+) -> tuple[Level, ...]:
+    """Chance, which is the questions' own, and what each model gets right blind, in its colour."""
+    chance = [e.value for m in models if (e := numbers.get(m, "clean", "chance", modality)) and e.n]
+    levels = [Level("chance", chance[0], 0, end)] if chance else []
+    places: dict[str, int] = {model: i for i, model in enumerate(models)}
+    return (*levels, *(Level("", e.value, 0, end, colour_of(places[m]), "dotted") for m, e in floors.items() if e.n))
+
+
+def _title(modality: str) -> str:
+    return "All modalities" if modality == ALL else modality
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def as_panel(figure: RunFigure) -> dict[str, Any]:
+    """What `page.shown` needs beside chart and data."""
+    return {
+        "key": figure.key,
+        "section": figure.group,
+        "title": figure.title,
+        "unit": figure.unit,
+        "notes": figure.notes,
+    }
