@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.journal import write_atomic
 from ..core.types import ThreatModel
+from ..suite.plan import CODE_VERSIONS
 
 if TYPE_CHECKING:
     from ..suite.plan import Plan
@@ -65,6 +66,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "title": suite.title,
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "stamp": dataset.stamp},
         "notices": list(plan.notes),
+        "code": dict(CODE_VERSIONS),
         "headline": ThreatModel(suite.threat.norm, headline).label if headline is not None else None,
         "models": [card.to_dict() for card in plan.cards],
         "cells": [{"model": cell.model.name, "condition": cell.condition.name} for cell in plan.cells],
