@@ -2,8 +2,8 @@
 
 regressed      the drop is shown to be larger than the rule allows (Holm across the models and slices of the rule)
 improved       a gain is shown (Holm likewise)
-pass           the drop is shown to be smaller than the rule allows: non-inferior. Not adjusted: a gate passes only where
-               every test does, which alone keeps the chance of a false pass at alpha (intersection-union, Berger 1982)
+pass           the drop is shown to be smaller than the rule allows: non-inferior. Not adjusted: a gate passes only
+               where every test does, which keeps the chance of a false pass at alpha (intersection-union, Berger 1982)
 inconclusive   none of these: the questions do not suffice
 
 Alpha is thus the chance that a rule fails a model that dropped by no more than it allows, however many slices it has.
@@ -22,6 +22,8 @@ from .noninferiority import PairedDrop, paired_drop
 Metric = Literal["accuracy", "invalid_rate", "truncated_rate"]
 Verdict = Literal["pass", "regressed", "improved", "inconclusive"]
 
+VERDICTS: tuple[Verdict, ...] = ("regressed", "inconclusive", "improved", "pass")
+"""The worst first."""
 EACH = "each"
 HEADLINE = "@headline"
 REGRESSED, INCONCLUSIVE = 4, 5
@@ -99,11 +101,9 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
     def exit_code(self, strict: bool) -> int:
-        return REGRESSED if self.verdict == "regressed" else INCONCLUSIVE if self._open and strict else 0
-
-    @property
-    def _open(self) -> bool:
-        return self.verdict == "inconclusive"
+        if self.verdict == "regressed":
+            return REGRESSED
+        return INCONCLUSIVE if strict and self.verdict == "inconclusive" else 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -128,15 +128,13 @@ def gate(pairs: Sequence[Pair], rules: Sequence[Rule], notes: Sequence[str] = ()
             raise UsageError(_nothing(number, rule, pairs))
         _check_complete(found)
         tests += _tests(number, rule, found)
-    return Outcome(
-        overall([t.verdict for t in tests]), tuple(rules), tuple(tests), pairs[0].b.protocol.stamp, (*notes,)
-    )
+    stamp = pairs[0].b.protocol.stamp
+    return Outcome(overall([t.verdict for t in tests]), tuple(rules), tuple(tests), stamp, tuple(notes))
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:
     """The gate's verdict: the worst of its tests'; `improved` where one is and all others pass."""
-    order: tuple[Verdict, ...] = ("regressed", "inconclusive", "improved", "pass")
-    return min(verdicts, key=order.index)
+    return min(verdicts, key=VERDICTS.index)
 
 
 def resolve(condition: str, info: Mapping[str, Any]) -> str:
@@ -175,9 +173,9 @@ def _check_complete(found: Sequence[tuple[Pair, str, Slice]]) -> None:
         allowed = float(pair.b.settings.get("run", {}).get("fail_on_error", 0.0))
         if lost > allowed * part.planned:
             raise IncompleteError(
-                f"{pair.label}, {name}, {part.name}: {lost:,} of {part.planned:,} questions have no verdict in the run or "
-                f"in the baseline ({lost / part.planned:.2%}, allowed {allowed:.2%}); nothing is said of what was not "
-                "measured"
+                f"{pair.label}, {name}, {part.name}: {lost:,} of {part.planned:,} questions have no verdict in the "
+                f"run or in the baseline ({lost / part.planned:.2%}, allowed {allowed:.2%}); nothing is said of what "
+                "was not measured"
             )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.etree import ElementTree as Xml
 
-from .gate import EACH, Outcome, Rule, Test
 from .compare import ALL
+from .gate import EACH, VERDICTS, Outcome, Rule, Test
 
 WORDS = {
     "pass": "PASS: no drop beyond what is allowed",
@@ -14,6 +14,11 @@ WORDS = {
     "regressed": "REGRESSED",
     "inconclusive": "INCONCLUSIVE: too few questions to tell",
 }
+
+HEAD = (
+    *("verdict", "rule", "model", "condition", "slice", "n", "before", "after", "drop, pp", "bounds"),
+    *("lost / gained", "smallest detectable drop"),
+)
 
 
 def percent(share: float) -> str:
@@ -43,7 +48,7 @@ def change(test: Test) -> str:
 def detectable(test: Test, rule: Rule) -> str:
     """`8.7 pp at power 80%`, or that there is none."""
     if test.detectable is None:
-        return "none: too few questions"
+        return f"none at power {100 * rule.power:g}%"
     return f"{percent(test.detectable)} pp at power {100 * rule.power:g}%"
 
 
@@ -52,9 +57,7 @@ def to_markdown(outcome: Outcome) -> str:
     lines = [f"# Robustness gate: {WORDS[outcome.verdict]}", "", f"Data: **{outcome.stamp or 'unknown'}**", ""]
     for number, rule in enumerate(outcome.rules):
         lines += [f"{number + 1}. {rule_text(rule)}"]
-    head = ("verdict", "rule", "model", "condition", "slice", "n", "before", "after", "drop, pp", "bounds")
-    head += ("lost / gained", "smallest detectable drop")
-    lines += ["", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines += ["", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     lines += [f"| {' | '.join(map(_cell, row))} |" for row in _rows(outcome)]
     lines += ["", *(f"- {note}" for note in outcome.notes), *([""] if outcome.notes else [])]
     lines += [
@@ -68,17 +71,12 @@ def to_markdown(outcome: Outcome) -> str:
 
 
 def _rows(outcome: Outcome) -> Iterator[list[str]]:
-    for t in sorted(outcome.tests, key=lambda t: (_severity(t), t.rule)):
+    for t in sorted(outcome.tests, key=lambda t: (VERDICTS.index(t.verdict), t.rule)):
         rule = outcome.rules[t.rule]
         verdict = f"**{t.verdict}**" if t.verdict == "regressed" else t.verdict
-        row = [verdict, str(t.rule + 1), t.model, t.condition, t.slice, f"{t.n:,}", percent(t.before), percent(t.after)]
-        yield [*row, points(t.drop), f"[{points(t.low)}, {points(t.high)}]", f"{t.lost} / {t.gained}"] + [
-            detectable(t, rule)
-        ]
-
-
-def _severity(test: Test) -> int:
-    return ("regressed", "inconclusive", "improved", "pass").index(test.verdict)
+        row = [verdict, f"{t.rule + 1}", t.model, t.condition, t.slice, f"{t.n:,}"]
+        row += [percent(t.before), percent(t.after), points(t.drop), f"[{points(t.low)}, {points(t.high)}]"]
+        yield [*row, f"{t.lost} / {t.gained}", detectable(t, rule)]
 
 
 def _cell(text: str) -> str:
@@ -104,7 +102,7 @@ def to_junit(outcome: Outcome, *, strict: bool = False) -> str:
             else:
                 Xml.SubElement(case, "system-out").text = text
     Xml.indent(root)
-    return Xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    return Xml.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
 
 
 def to_annotations(outcome: Outcome) -> list[str]:

@@ -5,10 +5,10 @@ round, 0 where they agree. The mean of that is the drop. Its standard error come
 the cluster-robust variance of statsmodels, images being the clusters, and is never below that of independent
 questions.
 
-With few flips the plain standard error is too small just when the drop is underestimated. So one flip each way is added,
-as an image of its own (Bonett & Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions
-based on paired data"). Where images are shared each of the two weighs as much as the design effect, so that it is one
-flip among as many as are independent. How well all this keeps its promises is measured in benchmarks/gate.py.
+With few flips the plain standard error is too small just when the drop is underestimated. So one flip each way is
+added, as an image of its own (Bonett & Price 2012, "Adjusted Wald confidence interval for a difference of binomial
+proportions based on paired data"). Where images are shared each of the two weighs as much as the design effect, so that
+it is one flip among as many as are independent. How well all this keeps its promises: benchmarks/gate.py.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class PairedDrop:
 
 
 def paired_drop(before: Floats, after: Floats, clusters: Codes) -> PairedDrop:
-    """before, after: (n,) of 0 and 1, 1 being good, on the same questions. clusters: (n,), equal codes mark one image."""
+    """before, after: (n,) of 0 and 1, 1 being good, on the same questions. clusters: (n,), equal codes: one image."""
     n, images = len(before), len(np.unique(clusters))
     difference = before - after
     lost, gained = int(np.sum(difference > 0)), int(np.sum(difference < 0))

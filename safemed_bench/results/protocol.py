@@ -46,8 +46,8 @@ class Difference:
 
 def protocol_of(model: str, info: Mapping[str, Any], settings: Mapping[str, Any]) -> Protocol:
     """The protocol of one model of a run. info: its run.json. settings: its suite.yaml."""
-    card = next((c for c in info.get("models", ()) if c.get("name") == model), {})
-    spec = next((m for m in settings.get("models", ()) if m.get("name") == model), {})
+    card = _named(model, info)
+    spec = _named(model, settings)
     data, threat = settings.get("data", {}), settings.get("threat", {})
     conditions = [c["condition"] for c in info.get("cells", ()) if c["model"] == model]
     attacks = {name: attack_of(Condition.parse(name), settings) for name in conditions}
@@ -61,6 +61,10 @@ def protocol_of(model: str, info: Mapping[str, Any], settings: Mapping[str, Any]
         attacks={name: attack for name, attack in attacks.items() if attack},
         code=info.get("code", {}),
     )
+
+
+def _named(model: str, source: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next((m for m in source.get("models", ()) if m.get("name") == model), {})
 
 
 def attack_of(condition: Condition, settings: Mapping[str, Any]) -> str:

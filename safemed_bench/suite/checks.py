@@ -119,8 +119,8 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
         for key, message in _attack_problems(condition):
             yield problem(("conditions", i, *key), message)
     for i, rule in enumerate(suite.gate):
-        for key, message in _gate_problems(suite, rule):
-            yield problem(("gate", i, key), message)
+        for name, message in _gate_problems(suite, rule):
+            yield problem(("gate", i, name), message)
 
 
 def _phantom_problem(parameters: dict[str, Any]) -> str:

@@ -253,7 +253,7 @@ class GateRule(_Part):
     )
     condition: Text = Field(
         default="worst@headline",
-        description="A condition by its name in tables: clean, pgd@linf:4/255, worst@headline (the worst of all attacks).",
+        description="A condition as tables name it: clean, pgd@linf:4/255, worst@headline (the worst attack).",
     )
     model: Text = Field(default="all", description="One entry of the suite, or all.")
     slice: Text = Field(default="all", description="A modality, all questions together, or each modality by itself.")
