@@ -73,14 +73,15 @@ class PairedDrop:
         """
         if not self.testable:
             return 0.0
-        added = 2 * self.weight
+        added, degrees = 2 * self.weight, self.images - 1
         total = self.n + added
         centre = drop * self.n / total
         moved = min(self._noise(alpha) + drop, 1.0)
-        variance = (moved * self.n + added) / total - centre**2
-        distance = (centre - margin) / math.sqrt(variance * self.effect / total)
-        degrees = self.images - 1
-        return float(student.sf(student.isf(alpha, degrees) - distance, degrees))
+        error = math.sqrt(((moved * self.n + added) / total - centre**2) * self.effect / total)
+        # the added flips are in the error, but they do not vary from run to run
+        spread = math.sqrt((moved - drop**2) * self.n * self.weight) / total
+        short = margin + float(student.isf(alpha, degrees)) * error - centre
+        return float(student.sf(short / spread, degrees)) if spread > 0 else float(short <= 0)
 
     def detectable(self, margin: float, alpha: float, power: float) -> float | None:
         """The smallest true drop shown to exceed `margin` with that power; None where not even the largest would be."""
