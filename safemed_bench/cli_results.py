@@ -13,11 +13,17 @@ Models = Annotated[
     list[str] | None, typer.Option("--model", metavar="M|M=N", help="Only this entry; M=N where names differ.")
 ]
 
+Root = Annotated[str, typer.Option("--root", metavar="DIR", help="Folder of all boards.")]
+board_app = typer.Typer(
+    help="Put a run on a leaderboard, check the entries, build the pages.", no_args_is_help=True, rich_markup_mode=None
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command()(compare)
     app.command()(gate)
+    app.add_typer(board_app, name="leaderboard")
 
 
 def compare(
@@ -71,3 +77,40 @@ def gate(
     )
     if code:
         raise typer.Exit(code)
+
+
+@board_app.command("add")
+def board_add(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, complete, of a whole suite.")],
+    model: Annotated[list[str] | None, typer.Option(help="Only this entry [default: all of the run].")] = None,
+    adaptive: Annotated[
+        str, typer.Option(metavar="TEXT", help="The attack that was adapted to the entry; defences must state one.")
+    ] = "",
+    replace: Annotated[bool, typer.Option("--replace", help="In place of an entry of that name.")] = False,
+    reproduces: Annotated[
+        bool, typer.Option("--reproduces", help="A second measurement, with another seed, of entries on the board.")
+    ] = False,
+    root: Root = "leaderboards",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put the models of a run on the board of their suite and data."""
+    from .commands.leaderboard import add as work
+
+    work(run, root, model or (), adaptive=adaptive, replace=replace, reproduces=reproduces, as_json=json)
+
+
+@board_app.command("check")
+def board_check(root: Root = "leaderboards", json: Json = False, verbose: Verbose = False) -> None:
+    """Make every number of every entry again from its records."""
+    from .commands.leaderboard import check as work
+
+    work(root, as_json=json)
+
+
+@board_app.command("build")
+def board_build(root: Root = "leaderboards", json: Json = False, verbose: Verbose = False) -> None:
+    """Write README.md and index.html of all boards."""
+    from .commands.leaderboard import build as work
+
+    work(root, as_json=json)

@@ -105,7 +105,7 @@ def load_records(folder: Path | str) -> pd.DataFrame:
     one stands. Raises DataError.
     """
     folder = Path(folder)
-    frame = frame_of(_records(folder))
+    frame = frame_of(iterate_records(folder))
     if frame.empty:
         raise DataError(f"{folder} holds no records: neither {journal.JOURNAL} nor {RECORDS} has a line")
     return frame
@@ -123,7 +123,8 @@ def frame_of(records: Iterable[Record]) -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
-def _records(folder: Path) -> Iterable[Record]:
+def iterate_records(folder: Path) -> Iterable[Record]:
+    """The records of a run folder that count, as `load_records` chooses them. Raises DataError."""
     exported, written = (folder / RECORDS).is_file(), (folder / journal.JOURNAL).is_file()
     if exported and (_ended(load_info(folder)) or not written):
         return _exported(folder / RECORDS)

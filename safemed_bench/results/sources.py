@@ -95,7 +95,7 @@ def load_board(folder: Path) -> dict[str, Any]:
     path = folder / BOARD
     try:
         board = json.loads(path.read_text(encoding="utf-8"))
-        board["settings"], board["questions"], board["data"]
+        board["terms"], board["questions"], board["data"], board["headline"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the terms of a board ({type(error).__name__}: {error})") from error
     return board
