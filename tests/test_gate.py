@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from xml.etree import ElementTree as Xml
 import numpy as np
 import pytest
 import statsmodels.api as sm
+import yaml
 from scipy.stats import t as student
 from small_runs import CLEAN, PGD, SETTINGS, WORST, write
 
@@ -353,3 +355,25 @@ def test_a_gate_needs_no_torch() -> None:
     )
     code += ", safemed_bench.suite; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=REPO).returncode == 0
+
+
+def test_the_workflow_is_yaml_and_calls_what_exists() -> None:
+    workflow = yaml.safe_load((REPO / ".github" / "workflows" / "robustness.yml").read_text())
+    steps = "\n".join(step.get("run", "") for step in workflow["jobs"]["gate"]["steps"])
+    for words in ("leaderboard check", "run", "gate"):
+        assert f"safemed-bench {words}" in steps
+    flags = set(re.findall(r"--[a-z]+", steps.partition("safemed-bench gate")[2]))
+    told = subprocess.run(
+        [sys.executable, "-m", "safemed_bench", "gate", "--help"], capture_output=True, text=True, check=True, cwd=REPO
+    )
+    assert flags and flags <= set(re.findall(r"--[a-z]+", told.stdout))
+    assert workflow["env"]["SUITE"] in {path.stem for path in (REPO / "suites").glob("*.yaml")}
+
+
+def test_the_documented_rule_is_valid_and_the_defaults_are_as_documented() -> None:
+    text = (REPO / "docs" / "ci.md").read_text()
+    (block,) = re.findall(r"```yaml\n(gate:.*?)```", text, re.DOTALL)
+    suite = Suite.model_validate({**SETTINGS, **yaml.safe_load(block)})
+    assert Rule(**suite.gate[0].model_dump()) == Rule(slice="each")
+    assert [rule.allowed_drop for rule in DEFAULT_RULES] == [3, 5, 15]
+    assert "clean accuracy may drop 3 pp, the worst case at the headline eps 5 pp, and in\neach modality 15 pp" in text

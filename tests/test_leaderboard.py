@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -361,3 +363,22 @@ def test_a_limited_run_of_a_shipped_suite_is_refused(tmp_path: Path, capsys: Any
     assert "data.per_modality is 2, not 25" in capsys.readouterr().err and not Path("boards").exists()
     whole = write(tmp_path / "whole", BASE, settings={"data": {**data, "per_modality": 25}})
     assert cli.invoke(["leaderboard", "add", str(whole), "--root", "boards"]) == 0
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_columns_sort_in_a_browser(tmp_path: Path, root: Path) -> None:
+    """By robust accuracy m is second; a click on `clean` puts it first, another turns the order."""
+    better = {**BASE, CLEAN: "1" * 50 + "0" * 10, PGD: "1" * 50 + "0" * 10}
+    add(write(tmp_path / "n", better, model="n"), root)
+    page = pages.build(root)[1].read_text()
+    for clicks, first in ((0, "n"), (1, "m"), (2, "n")):
+        click = "document.querySelectorAll('th button')[2].click();" * clicks
+        file = tmp_path / f"{clicks}.html"
+        file.write_text(page.replace("</body>", f"<script>{click}</script></body>"))
+        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
+        dom = subprocess.run(browser, capture_output=True, text=True, check=False, timeout=120).stdout
+        head, _, body = dom[dom.index("<thead>") :].partition("<tbody>")
+        assert re.findall(r'<td class="left">(\w+)<span', body)[0] == first
+        assert re.findall(r'aria-sort="(\w+)"', head) == (
+            ["descending", "ascending"][clicks - 1 :][:1] if clicks else []
+        )

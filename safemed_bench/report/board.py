@@ -154,4 +154,4 @@ def to_html(boards: Sequence[Board]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("board.html.j2").render(boards=boards, note=NOTE)
+    return environment.get_template("board.html.j2").render(boards=boards, note=NOTE.replace("`", ""))
