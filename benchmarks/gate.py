@@ -22,7 +22,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,11 +204,10 @@ def peer(n: int, noise: float, sims: int, rng: np.random.Generator) -> dict[str,
     }
 
 
-def cases(quick: bool) -> Iterator[dict[str, Any]]:
+def cases(quick: bool, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(20261125)
     sims = 300 if quick else 2000
-    sizes = (100, 2000) if quick else (100, 256, 1000, 4000, 17662)
-    for n in sizes:
+    for n in sizes or ((100, 2000) if quick else (100, 256, 1000, 4000, 17662)):
         for noise in (0.1,) if quick else (0.05, 0.1, 0.2, 0.3):
             yield from test_cases(n, noise, sims, rng)
     yield peer(2000, 0.1, sims, rng)
@@ -227,9 +226,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer sizes and runs")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
+    parser.add_argument("--sizes", type=int, nargs="*", default=(), help="only these numbers of questions")
     arguments = parser.parse_args()
     found = []
-    for case in cases(arguments.quick):
+    for case in cases(arguments.quick, arguments.sizes):
         found.append(case)
         if not arguments.json:
             print(line(case), flush=True)

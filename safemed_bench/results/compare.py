@@ -7,6 +7,7 @@ Holm's adjustment spans the slices (all, and each modality) of one model under o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -114,10 +115,11 @@ def slices(a: Verdicts, b: Verdicts, condition: str, *, status: str = "") -> lis
     sides = [(_good(v, condition, status)).reindex(index).to_numpy(dtype=float) for v in (a, b)]
     modality = a.questions["modality"].to_numpy(dtype=object)
     known = ~np.isnan(sides[0]) & ~np.isnan(sides[1])
+    images = a.images
 
     def part(name: str, rows: np.ndarray) -> Slice:
         kept = rows & known
-        return Slice(name, sides[0][kept], sides[1][kept], a.images[kept], int(rows.sum()))
+        return Slice(name, sides[0][kept], sides[1][kept], images[kept], int(rows.sum()))
 
     every = part(ALL, np.ones(len(index), dtype=bool))
     return [every, *(part(name, modality == name) for name in modality_order(a.questions["modality"].dropna()))]
@@ -175,7 +177,13 @@ def _mcnemar(a: Floats, b: Floats) -> tuple[int, int, float]:
 
 def holm(values: Sequence[float]) -> list[float]:
     """p values adjusted for each other (Holm 1979); [] for none."""
-    return [float(q) for q in multipletests(values, method="holm")[1]] if len(values) else []
+    if not len(values):
+        return []
+    gc.freeze()  # statsmodels collects garbage at every call, 0.2 s where pandas is loaded; frozen objects cost nothing
+    try:
+        return [float(q) for q in multipletests(values, method="holm")[1]]
+    finally:
+        gc.unfreeze()
 
 
 def unmatched(

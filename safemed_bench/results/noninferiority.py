@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 from statsmodels.regression.linear_model import WLS
 
 from .intervals import Codes, Floats
@@ -53,17 +53,17 @@ class PairedDrop:
 
     def p_above(self, margin: float) -> float:
         """One-sided p of "the drop is at most `margin`": small where it is larger."""
-        return float(student.sf((self.centre - margin) / self.error, self.images - 1)) if self.testable else 1.0
+        return _upper((self.centre - margin) / self.error, self.images - 1) if self.testable else 1.0
 
     def p_below(self, margin: float) -> float:
         """One-sided p of "the drop is at least `margin`": small where it is smaller."""
-        return float(student.cdf((self.centre - margin) / self.error, self.images - 1)) if self.testable else 1.0
+        return _upper((margin - self.centre) / self.error, self.images - 1) if self.testable else 1.0
 
     def bounds(self, alpha: float) -> tuple[float, float]:
         """Lower and upper confidence bound of the drop, each one-sided at level 1 - alpha."""
         if not self.testable:
             return -1.0, 1.0
-        reach = float(student.isf(alpha, self.images - 1)) * self.error
+        reach = _critical(alpha, self.images - 1) * self.error
         return max(self.centre - reach, -1.0), min(self.centre + reach, 1.0)
 
     def power(self, drop: float, margin: float, alpha: float) -> float:
@@ -80,8 +80,8 @@ class PairedDrop:
         error = math.sqrt(((moved * self.n + added) / total - centre**2) * self.effect / total)
         # the added flips are in the error, but they do not vary from run to run
         spread = math.sqrt((moved - drop**2) * self.n * self.weight) / total
-        short = margin + float(student.isf(alpha, degrees)) * error - centre
-        return float(student.sf(short / spread, degrees)) if spread > 0 else float(short <= 0)
+        short = margin + _critical(alpha, degrees) * error - centre
+        return _upper(short / spread, degrees) if spread > 0 else float(short <= 0)
 
     def detectable(self, margin: float, alpha: float, power: float) -> float | None:
         """The smallest true drop shown to exceed `margin` with that power; None where not even the largest would be."""
@@ -93,6 +93,16 @@ class PairedDrop:
     def _noise(self, alpha: float) -> float:
         low, high = self.bounds(alpha)
         return (self.lost + self.gained) / self.n - max(low, -high, 0.0)
+
+
+def _upper(t: float, degrees: int) -> float:
+    """Share of Student's t distribution above t."""
+    return float(stdtr(degrees, -t))
+
+
+def _critical(alpha: float, degrees: int) -> float:
+    """The t above which a share alpha of Student's distribution lies."""
+    return -float(stdtrit(degrees, alpha))
 
 
 def paired_drop(before: Floats, after: Floats, clusters: Codes) -> PairedDrop:
