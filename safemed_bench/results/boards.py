@@ -58,61 +58,47 @@ def add(
             raise DataError(f"{run}: without run.json and suite.yaml nobody can tell how it was measured")
     folder = root / board_name(chosen[0].info)
     board = load_board(folder) if (folder / BOARD).is_file() else make_board(chosen[0])
-    files: dict[Path, bytes] = {}
+    files: dict[Path, bytes] = {folder / BOARD: dump(board)}
     problems: list[str] = []
     for one in chosen:
-        work = _reproduction if reproduces else _entry
-        found = work(one, run, folder / ENTRIES, board, files, adaptive, replace)
+        path = folder / ENTRIES / f"{one.model}.json"
+        if reproduces and not path.is_file():
+            found = ["is not on the board, so that nothing is there to be reproduced"]
+        elif reproduces:
+            found = _reproduce(one, run, path, board, files, adaptive)
+        elif path.is_file() and not replace:
+            found = [f"stands on the board already ({path}); --replace, or --reproduces for a second measurement"]
+        else:
+            found = _enter(one, run, path, board, files, adaptive)
         problems += [f"{one.model}: {problem}" for problem in found]
     if problems:
         raise DataError(f"{run} cannot go on the board {folder.name}:\n  " + "\n  ".join(problems))
-    if not (folder / BOARD).is_file():
-        write_atomic(folder / BOARD, dump(board))
     for path, data in files.items():
         write_atomic(path, data)
     return [folder / ENTRIES / f"{one.model}.json" for one in chosen]
 
 
-def _entry(
-    one: Measured,
-    run: Path,
-    folder: Path,
-    board: Mapping[str, Any],
-    files: dict[Path, bytes],
-    adaptive: str,
-    replace: bool,
+def _enter(
+    one: Measured, run: Path, path: Path, board: Mapping[str, Any], files: dict[Path, bytes], adaptive: str
 ) -> list[str]:
-    """Adds an entry's files to `files`; returns what is wrong with it."""
-    path = folder / f"{one.model}.json"
-    if path.is_file() and not replace:
-        return [f"stands on the board already ({path}); --replace, or --reproduces for a second measurement"]
+    """Adds an entry and its records to `files`; returns what is wrong with it."""
     entry, frame, packed = _made(one, run, f"{one.model}.records.jsonl.gz", adaptive)
-    files[path], files[folder / entry["records"]] = dump(entry), packed
+    files |= {path: dump(entry), path.parent / entry["records"]: packed}
     return check_entry(entry, frame, board)
 
 
-def _reproduction(
-    one: Measured,
-    run: Path,
-    folder: Path,
-    board: Mapping[str, Any],
-    files: dict[Path, bytes],
-    adaptive: str,
-    replace: bool,
+def _reproduce(
+    one: Measured, run: Path, path: Path, board: Mapping[str, Any], files: dict[Path, bytes], adaptive: str
 ) -> list[str]:
-    path = folder / f"{one.model}.json"
-    if not path.is_file():
-        return ["is not on the board, so that nothing is there to be reproduced"]
+    """The same for an entry that is there, with a second measurement of its model."""
     entry = load_entry(path)
-    second, frame, packed = _made(
-        one, run, f"{one.model}.again.records.jsonl.gz", adaptive or entry.get("adaptive", "")
-    )
-    files[folder / second["records"]] = packed
-    files[path] = dump({**entry, "status": REPRODUCED, "reproduction": {key: second[key] for key in PARTS}})
-    problems = check_reproduction(entry, second, frame, board)
-    if problems:
+    said = adaptive or entry.get("adaptive", "")
+    second, frame, packed = _made(one, run, f"{one.model}.again.records.jsonl.gz", said)
+    marked = {**entry, "status": REPRODUCED, "reproduction": {key: second[key] for key in PARTS}}
+    files |= {path: dump(marked), path.parent / second["records"]: packed}
+    if problems := check_reproduction(entry, second, frame, board):
         return problems
-    first = measured_entry(entry, load_packed(folder / entry["records"]), board)
+    first = measured_entry(entry, load_packed(path.parent / entry["records"]), board)
     return disagreements(first, measured_entry(second, frame, board))
 
 
