@@ -1,7 +1,7 @@
 """The commands. Nothing heavy is imported here: each command imports what it needs.
 
 Results and JSON go to stdout, all else to stderr. Exit codes: 0 ok, 1 internal error, 2 usage or invalid suite,
-3 incomplete, 130 interrupted.
+3 incomplete, 4 gate: regressed, 5 gate: inconclusive (strict), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .cli_results import register as register_results
 from .core.errors import SafeMedError
 
 if TYPE_CHECKING:
@@ -208,6 +209,9 @@ def report(
 
     asked: dict[Format, bool] = {"latex": latex, "markdown": markdown, "csv": csv}
     work(folder, tables=[name for name, on in asked.items() if on], figures=figures, as_json=json)
+
+
+register_results(app)
 
 
 @app.command()

@@ -131,12 +131,18 @@ def load_records(folder: Path | str) -> pd.DataFrame:
     one stands. Raises DataError.
     """
     folder = Path(folder)
+    frame = frame_of(read_records(folder))
+    if frame.empty:
+        raise DataError(f"{folder} holds no records: neither {journal.JOURNAL} nor {RECORDS} has a line")
+    return frame
+
+
+def frame_of(records: Iterable[Record]) -> pd.DataFrame:
+    """What `load_records` says, of records from anywhere."""
     rows = [
         [*(getattr(record, name) for name in COLUMNS), *(record.extra.get(name) for name in CERTIFICATE)]
-        for record in read_records(folder)
+        for record in records
     ]
-    if not rows:
-        raise DataError(f"{folder} holds no records: neither {journal.JOURNAL} nor {RECORDS} has a line")
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *CERTIFICATE]).drop_duplicates(
         ["model", "condition", "question_id"], keep="last"
     )
@@ -164,11 +170,16 @@ def _ended(info: Mapping[str, Any]) -> bool:
 
 def _exported(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield Record.from_dict(json.loads(line))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise DataError(f"{path}:{number}: not a record ({error})") from error
+        yield from parse_lines(lines, path)
+
+
+def parse_lines(lines: Iterable[str], path: Path) -> Iterator[Record]:
+    """Records from JSON lines. Raises DataError naming `path` and the line that is none."""
+    for number, line in enumerate(lines, 1):
+        try:
+            yield Record.from_dict(json.loads(line))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}:{number}: not a record ({error})") from error
 
 
 def load_info(folder: Path) -> dict[str, Any]:
@@ -188,8 +199,11 @@ def load_info(folder: Path) -> dict[str, Any]:
 def load_run(folder: Path | str) -> Run:
     """Everything results need of a run folder. Raises DataError."""
     folder = Path(folder)
-    info = load_info(folder)
-    records = load_records(folder)
+    return assemble(folder, load_info(folder), load_records(folder))
+
+
+def assemble(folder: Path, info: Mapping[str, Any], records: pd.DataFrame) -> Run:
+    """A run from what its run.json says and the records of `frame_of`."""
     cells = _planned_cells(info, records)
     questions = _planned_questions(info, records)
     tables = tuple(

@@ -55,7 +55,7 @@ def summary_of(run: Run) -> dict[str, Any]:
         "threat": _threat(info, all_verdicts),
         "models": [{"name": v.model, "reasons": _reasons(info, v.model)} for v in all_verdicts],
         "coverage": coverage,
-        "estimates": [_row(measure) for verdicts in all_verdicts for measure in _all(verdicts)],
+        "estimates": [row_of(measure) for verdicts in all_verdicts for measure in _all(verdicts)],
         "diagnostics": [row for verdicts in run.verdicts for row in diagnose(verdicts)],
         "provenance": info.get("provenance", {}),
     }
@@ -74,7 +74,8 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(measure: Measure) -> dict[str, Any]:
+def row_of(measure: Measure) -> dict[str, Any]:
+    """An estimate as plain JSON data, as it stands in `summary["estimates"]`."""
     row = asdict(measure)
     estimate = row.pop("estimate")
     return row | {key: _plain(value) for key, value in estimate.items()}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.clinical import opposite_options, reads_normal
 from ..core.journal import write_atomic
 from ..core.types import LETTERS, Question, ThreatModel
-from ..suite.plan import asked
+from ..suite.plan import CODE_VERSIONS, asked
 
 if TYPE_CHECKING:
     from ..suite.plan import Cell, Plan
@@ -67,6 +67,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "title": suite.title,
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "stamp": dataset.stamp},
         "notices": list(plan.notes),
+        "code": dict(CODE_VERSIONS),
         "headline": ThreatModel(suite.threat.norm, headline).label if headline is not None else None,
         "models": [card.to_dict() | _smooth(plan, card.name) for card in plan.cards],
         "cells": [_cell(cell, plan) for cell in plan.cells],

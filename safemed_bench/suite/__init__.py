@@ -2,7 +2,7 @@
 
 from .loader import Override, dump_suite, find_suite, load_suite, load_suites, shipped_suites
 from .plan import Cell, Chunk, Condition, Plan, PlannedUnit, build_plan
-from .schema import ConditionSpec, DataSpec, ModelSpec, RunSpec, Suite, ThreatSpec
+from .schema import ConditionSpec, DataSpec, GateRule, ModelSpec, RunSpec, Suite, ThreatSpec
 
 __all__ = [
     "Cell",
@@ -10,6 +10,7 @@ __all__ = [
     "Condition",
     "ConditionSpec",
     "DataSpec",
+    "GateRule",
     "ModelSpec",
     "Override",
     "Plan",

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..core.errors import Problem, UsageError, did_you_mean
 from .document import Document, Key
-from .schema import ConditionSpec, Suite
+from .schema import ConditionSpec, GateRule, Suite
 from .values import check_sigma
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -126,6 +126,9 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
         )
         for key, message in found:
             yield problem(("conditions", i, *key), message)
+    for i, rule in enumerate(suite.gate):
+        for name, message in _gate_problems(suite, rule):
+            yield problem(("gate", i, name), message)
 
 
 def _phantom_problem(parameters: dict[str, Any]) -> str:
@@ -220,6 +223,25 @@ def _certify_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[
         except UsageError as error:
             yield ("certify",), str(error)
             return
+
+
+def _gate_problems(suite: Suite, rule: GateRule) -> Iterator[tuple[str, str]]:
+    """A rule about a condition, a size or an entry that the suite does not measure."""
+    head, _, size = rule.condition.partition("@")
+    kind = head.partition("[")[0]
+    attacks = {c.label for c in suite.conditions if c.kind == "attack"}
+    sized = {*attacks, *(c.kind for c in suite.conditions if c.kind == "noise"), *({"worst"} if attacks else ())}
+    plain = {c.label for c in suite.conditions if c.kind not in ("attack", "noise")}
+    labels = ["headline", *(threat.label for threat in suite.threat.models)]
+    if kind not in sized | plain:
+        yield "condition", _unknown("condition", rule.condition, [*plain, *(f"{name}@headline" for name in sized)])
+    elif kind in sized and size not in labels:
+        yield "condition", f"'{rule.condition}' names no size of the threat; one of: @{', @'.join(labels)}"
+    elif kind in plain and size:
+        yield "condition", f"'{kind}' has no size; write `{kind}`"
+    names = ["all", *(model.label for model in suite.models)]
+    if rule.model not in names:
+        yield "model", _unknown("entry", rule.model, names)
 
 
 def _unknown(kind: str, name: str, known: Sequence[str]) -> str:

@@ -356,6 +356,29 @@ class RunSpec(_Part):
         return value
 
 
+class GateRule(_Part):
+    """What must not get worse from a baseline to a run of the suite (`gate RUN --baseline B`). Changes no record."""
+
+    metric: Literal["accuracy", "invalid_rate", "truncated_rate"] = Field(
+        default="accuracy", description="What is held: accuracy, or the share of unreadable answers."
+    )
+    condition: Text = Field(
+        default="worst@headline",
+        description="A condition as tables name it: clean, pgd@linf:4/255, worst@headline (the worst attack).",
+    )
+    model: Text = Field(default="all", description="One entry of the suite, or all.")
+    slice: Text = Field(default="all", description="A modality, all questions together, or each modality by itself.")
+    allowed_drop: Number = Field(
+        default=5.0, ge=0, le=100, description="How much worse it may get, percentage points: the margin."
+    )
+    alpha: Number = Field(
+        default=0.05, gt=0, lt=0.5, description="Chance of failing a model that got no worse than that."
+    )
+    power: Number = Field(
+        default=0.8, ge=0.5, lt=1, description="Power at which the smallest detectable drop is stated."
+    )
+
+
 class Suite(_Part):
     """A validated suite: what is measured, on which data, under which threat."""
 
@@ -366,6 +389,9 @@ class Suite(_Part):
     models: tuple[ModelSpec, ...] = Field(min_length=1, description="Entries under test.")
     conditions: tuple[ConditionSpec, ...] = Field(min_length=1, description="What is done to the images.")
     run: RunSpec = Field(default=RunSpec(), description="How the work is done.")
+    gate: tuple[GateRule, ...] = Field(
+        default=(), description="Rules of `gate RUN --baseline B`; without any, those that docs/ci.md names."
+    )
 
     @field_validator("models", "conditions")
     @classmethod
@@ -385,7 +411,9 @@ class Suite(_Part):
         for spec in self.conditions:
             given = spec.model_dump(mode="json", exclude_none=True, exclude={"kind"}, exclude_defaults=True)
             conditions.append(given if spec.kind in KEYS_OF else given | {"kind": spec.kind} if given else spec.kind)
-        return plain | {"conditions": conditions}
+        rules = [rule.model_dump(mode="json", exclude_defaults=True) for rule in self.gate]
+        plain.pop("gate")
+        return plain | {"conditions": conditions} | ({"gate": rules} if rules else {})
 
 
 def _apart(one: Any, other: Any) -> bool:

@@ -1,0 +1,384 @@
+"""The leaderboard: what may stand on it, what the check rejects, and the pages that are built of it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_runs import CLEAN, PGD, SETTINGS, WORST, write
+
+from safemed_bench import cli
+from safemed_bench.core.errors import DataError, UsageError
+from safemed_bench.report import board as pages
+from safemed_bench.results.board_checks import check_board, standard_attack
+from safemed_bench.results.boards import add, board_name
+from safemed_bench.results.sources import load_measured
+
+N = 60
+BASE = {CLEAN: "1" * 54 + "0" * 6, "blank": "10" * 30, "shuffled": "1000" * 15, PGD: "1" * 40 + "0" * 20}
+AGAIN = {**BASE, PGD: "0" + "1" * 40 + "0" * 19}
+SEED = {"run": {"seed": 1}}
+Entry = dict[str, Any]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder of boards with one good entry, `m`."""
+    add(write(tmp_path / "run", BASE), tmp_path / "boards")
+    return tmp_path / "boards"
+
+
+def board(root: Path) -> Path:
+    return root / "small-phantom"
+
+
+def problems(root: Path, name: str = "m.json") -> str:
+    return "\n".join(check_board(board(root))[name])
+
+
+def edit(root: Path, change: Callable[[Entry], Any]) -> None:
+    path = board(root) / "entries" / "m.json"
+    entry = json.loads(path.read_text())
+    change(entry)
+    path.write_text(json.dumps(entry))
+
+
+def edit_records(root: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None], *, seal: bool = True) -> None:
+    """Change or drop records; with `seal` the entry's digest is forged to fit."""
+    path = board(root) / "entries" / "m.records.jsonl.gz"
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    kept = [json.dumps(new) for line in lines if (new := change(line)) is not None]
+    path.write_bytes(gzip.compress("\n".join(kept).encode()))
+    if seal:
+        edit(root, lambda entry: entry.update(records_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+
+
+def refused(root: Path, run: Path, **options: Any) -> str:
+    before = sorted(root.rglob("*"))
+    with pytest.raises(DataError) as caught:
+        add(run, root, **options)
+    assert sorted(root.rglob("*")) == before, "nothing is written where anything is wrong"
+    return str(caught.value)
+
+
+# --- what stands on a board ---
+
+
+def test_a_good_entry_stands(root: Path) -> None:
+    assert problems(root) == ""
+    entry = json.loads((board(root) / "entries" / "m.json").read_text())
+    numbers = {(r["condition"], r["metric"], r["modality"]): r for r in entry["numbers"]}
+    assert numbers[CLEAN, "accuracy", "all"]["value"] == 0.9 and numbers[WORST, "accuracy", "all"]["n"] == N
+    assert numbers[WORST, "accuracy", "CT"]["value"] == 1.0
+    assert entry["best_known_attack"] == {
+        "condition": PGD,
+        "attack": "pgd (restarts 1, steps 20)",
+        "accuracy": 0.666667,
+    }
+    assert entry["status"] == "self-reported" and entry["flags"] == []
+    assert "/weights" not in json.dumps(entry)
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path: Path, root: Path) -> None:
+    again = tmp_path / "again"
+    add(tmp_path / "run", again)
+    for path in root.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(root)).read_bytes()
+
+
+def test_phantom_and_real_data_have_boards_of_their_own(tmp_path: Path, root: Path) -> None:
+    real = {"data": {"name": "omnimedvqa", "fingerprint": "beef", "stamp": "OmniMedVQA"}}
+    add(write(tmp_path / "real", BASE, info=real), root)
+    assert sorted(p.name for p in root.iterdir()) == ["small", "small-phantom"]
+    assert board_name({"suite": "s", "data": {"name": "mine"}}) == "s-mine"
+
+
+def test_an_entry_is_a_baseline_for_gate_and_compare(tmp_path: Path, root: Path, capsys: Any) -> None:
+    weak = write(tmp_path / "weak", {**BASE, PGD: "0" * N})
+    entry = str(board(root) / "entries" / "m.json")
+    assert cli.invoke(["gate", str(weak), "--baseline", entry]) == 4
+    assert cli.invoke(["gate", str(tmp_path / "run"), "--baseline", str(board(root))]) == 0
+    assert cli.invoke(["compare", str(board(root)), str(weak), "--json"]) == 0
+
+
+# --- what is not put on it ---
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "options", "words"),
+    [
+        ({**BASE, PGD: "1" * 59 + "."}, {}, "missing questions: 1 of 60 have no verdict under pgd"),
+        ({**BASE, PGD: "1" * 59 + "e"}, {}, "missing questions: 1 of 60"),
+        ({CLEAN: BASE[CLEAN], PGD: BASE[PGD]}, {}, "no blank condition"),
+        (
+            {**BASE, PGD: "1" * N},
+            {"card": {"reasons": True}},
+            "weaker attack: pgd[rationale_answer]@linf:4/255 is missing",
+        ),
+        (
+            BASE,
+            {"settings": {"conditions": ["clean", {"attack": "pgd", "steps": 10}]}},
+            "weaker attack: pgd[answer]@linf:4/255 has 10 steps, fewer than 20",
+        ),
+        (
+            BASE,
+            {"settings": {"conditions": ["clean", {"attack": "pgd", "steps": 40, "step_size": 1e-6}]}},
+            "sets step_size, which the standard attack leaves at its default",
+        ),
+        (
+            BASE,
+            {"settings": {"conditions": ["clean", {"attack": "fgsm", "name": "pgd"}]}},
+            "pgd[answer]@linf:4/255 is not made by pgd",
+        ),
+        (BASE, {"card": {"path": ""}}, "a defence must state the attack that was adapted to it"),
+    ],
+)
+def test_what_may_not_stand_is_not_written(
+    tmp_path: Path, outcomes: dict[str, str], options: dict[str, Any], words: str
+) -> None:
+    root = tmp_path / "boards"
+    root.mkdir()
+    assert words in refused(root, write(tmp_path / "run", outcomes, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"info": {"data": {"name": "phantom", "fingerprint": "bad", "stamp": "others"}}},
+            "mixed data: measured on others",
+        ),
+        (
+            {"settings": {"threat": {"norm": "linf", "eps": ["2/255", "4/255"], "headline": "4/255"}}},
+            "another threat model: linf at 2/255, 4/255, the board has linf at 4/255",
+        ),
+        ({"settings": {"data": {"resolution": 32, "fit": "pad"}}}, "another canvas: 32 px, pad"),
+        ({"info": {"code": {"attack": 2}}}, "other versions of the code"),
+    ],
+)
+def test_an_entry_of_other_terms_is_refused(tmp_path: Path, root: Path, options: dict[str, Any], words: str) -> None:
+    assert words in refused(root, write(tmp_path / "other", BASE, model="n", **options))
+
+
+def test_more_steps_are_welcome_and_a_stated_adaptive_attack_lets_a_defence_in(tmp_path: Path) -> None:
+    strong = {"conditions": ["clean", {"attack": "pgd", "steps": 100, "restarts": 5}]}
+    run = write(tmp_path / "run", BASE, settings=strong, card={"path": ""})
+    (path,) = add(run, tmp_path / "boards", adaptive="PGD through 16 draws of the noise")
+    assert json.loads(path.read_text())["adaptive"].startswith("PGD through")
+    (measured,) = load_measured(run).values()
+    assert standard_attack(measured) == []
+
+
+def test_a_taken_name_is_not_overwritten_unasked(tmp_path: Path, root: Path) -> None:
+    run = write(tmp_path / "new", {**BASE, PGD: "0" * N})
+    assert "stands on the board already" in refused(root, run)
+    add(run, root, replace=True)
+    assert problems(root) == ""
+    with pytest.raises(UsageError, match="has no model 'x'"):
+        add(run, root, ("x",))
+
+
+# --- what the check rejects ---
+
+
+@pytest.mark.parametrize(
+    ("field", "to"),
+    [("value", 0.95), ("low", 0.9), ("n", 600), ("method", "wilson-clustered"), ("condition", "cleaner")],
+)
+def test_an_edited_number(root: Path, field: str, to: Any) -> None:
+    edit(root, lambda entry: entry["numbers"][0].update({field: to}))
+    assert "edited number: clean accuracy all" in problems(root)
+
+
+def test_a_dropped_number_and_an_edited_flag(root: Path) -> None:
+    edit(root, lambda entry: entry["numbers"].pop())
+    edit(root, lambda entry: entry.update(best_known_attack=None))
+    assert "edited number" in problems(root) and "edited best known attack" in problems(root)
+
+
+def test_edited_records(root: Path) -> None:
+    """With the numbers left alone, with the digest forged, and with verdicts that their own answers deny."""
+    edit_records(root, lambda r: {**r, "text": "other"}, seal=False)
+    assert "is not the file that the entry was made from" in problems(root)
+    edit_records(root, lambda r: {**r, "correct": True} if r["condition"] == PGD else r)
+    assert "20 records call an answer right or wrong that is not" in problems(root)
+    assert f"edited number: {PGD.replace('[answer]', '')} accuracy all" in problems(root)
+
+
+def test_missing_questions(root: Path) -> None:
+    """Also where the numbers were made from the questions that are left."""
+    from safemed_bench.results.entries import findings
+    from safemed_bench.results.sources import load_board, load_entry, load_packed, measured_entry
+
+    edit_records(root, lambda r: None if r["question_id"] in ("q58", "q59") else r)
+    path = board(root) / "entries" / "m.json"
+    left = load_packed(path.parent / "m.records.jsonl.gz")
+    edit(root, lambda entry: entry.update(findings(measured_entry(load_entry(path), left, load_board(board(root))))))
+    assert problems(root).splitlines() == [
+        f"missing questions: 2 of 60 have no verdict under {name}" for name in (CLEAN, "blank", "shuffled", PGD)
+    ]
+
+
+def test_another_threat_model(root: Path) -> None:
+    edit_records(root, lambda r: {**r, "linf": 8 / 255} if r["condition"] == PGD else r)
+    assert problems(root) == f"another threat model: 60 images under {PGD} are outside its ball"
+    edit(root, lambda entry: entry["settings"]["threat"].update(norm="l2"))
+    assert "another threat model: l2 at 4/255, the board has linf at 4/255" in problems(root)
+
+
+def test_a_weaker_attack(root: Path) -> None:
+    edit(root, lambda entry: entry["settings"]["conditions"][1].update(steps=5))
+    assert "weaker attack: pgd[answer]@linf:4/255 has 5 steps" in problems(root)
+    edit(root, lambda entry: entry["settings"]["conditions"][1].update(steps=20))
+    assert problems(root) == ""
+    edit_records(root, lambda r: {**r, "steps": 5} if r["condition"] == PGD else r)
+    assert problems(root) == "weaker attack: 40 answers stood after fewer than 20 steps"
+
+
+def test_an_attack_whose_cell_was_taken_out(root: Path) -> None:
+    edit_records(root, lambda r: None if r["condition"] == PGD else r)
+    edit(root, lambda entry: entry["run"].update(cells=[c for c in entry["run"]["cells"] if c["condition"] != PGD]))
+    assert "weaker attack: pgd[answer]@linf:4/255 is missing" in problems(root)
+
+
+def test_mixed_data(root: Path) -> None:
+    edit(root, lambda entry: entry["run"]["data"].update(fingerprint="another"))
+    assert "mixed data: measured on phantom (small)" in problems(root)
+    edit(root, lambda entry: entry["run"]["data"].update(fingerprint="f00d"))
+    edit_records(root, lambda r: {**r, "image_sha256": "other"} if r["question_id"] == "q3" else r)
+    assert problems(root).startswith("mixed data: image_sha256 of q3 and 3 more records differs")
+    edit_records(
+        root, lambda r: {**r, "image_sha256": "image-3", "question_id": "x1"} if r["question_id"] == "q3" else r
+    )
+    assert "mixed data: 1 questions are not of this board, such as x1" in problems(root)
+
+
+def test_a_broken_entry_is_named_not_raised(root: Path) -> None:
+    (board(root) / "entries" / "n.json").write_text("{}")
+    (board(root) / "entries" / "m.records.jsonl.gz").write_bytes(b"no gzip")
+    assert "not an entry of a leaderboard" in problems(root, "n.json") and "cannot be read" in problems(root)
+
+
+# --- flags and status ---
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "name"),
+    [
+        ({**BASE, "noise@linf:4/255": "0" * N}, "attack-too-weak"),
+        ({**BASE, "fgsm[answer]@linf:4/255": "0" * N}, "attack-too-weak"),
+        ({**BASE, "shuffled": BASE[CLEAN]}, "image-not-needed"),
+        ({**BASE, CLEAN: "1" * 50 + "i" * 10}, "often-unreadable"),
+        ({**BASE, "pgd[answer]@linf:8/255": BASE[CLEAN]}, "not-monotone"),
+    ],
+)
+def test_reasons_to_doubt_make_an_entry_unreliable(tmp_path: Path, outcomes: dict[str, str], name: str) -> None:
+    (path,) = add(write(tmp_path / "run", outcomes), tmp_path / "boards")
+    assert [flag["id"] for flag in json.loads(path.read_text())["flags"]] == [name]
+    assert "unreliable, self-reported" in pages.to_markdown([pages.read_board(path.parents[1])])
+
+
+def test_a_second_measurement_with_another_seed_reproduces(tmp_path: Path, root: Path) -> None:
+    add(write(tmp_path / "again", AGAIN, settings=SEED), root, reproduces=True)
+    entry = json.loads((board(root) / "entries" / "m.json").read_text())
+    assert entry["status"] == "reproduced" and problems(root) == ""
+    edit(root, lambda e: e.update(reproduction=None))
+    assert "without the records that would show it" in problems(root)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "options", "words"),
+    [
+        ({**BASE, PGD: "1" * 20 + "0" * 40}, {"settings": SEED}, "worst@linf:4/255 differs by -33.3%"),
+        (AGAIN, {}, "it has the same seed"),
+        (AGAIN, {"settings": SEED, "card": {"fingerprint": "other"}}, "it is of another model"),
+        ({**AGAIN, CLEAN: "." * N}, {"settings": SEED}, "missing questions"),
+        (AGAIN, {"settings": SEED, "model": "n"}, "n: is not on the board"),
+    ],
+)
+def test_what_does_not_reproduce(
+    tmp_path: Path, root: Path, outcomes: dict[str, str], options: dict[str, Any], words: str
+) -> None:
+    if "settings" not in options:
+        options = {**options, "settings": {"run": {}}}
+    assert words in refused(root, write(tmp_path / "again", outcomes, **options), reproduces=True)
+
+
+# --- pages and commands ---
+
+
+def test_the_pages_are_static_escaped_and_in_order(tmp_path: Path, root: Path) -> None:
+    evil = "</td><script>alert(1)</script>|"
+    add(write(tmp_path / "n", {**BASE, PGD: "1" * 50 + "0" * 10}, model="n", card={"description": evil}), root)
+    (readme, page) = pages.build(root)
+    text, html = readme.read_text(), page.read_text()
+    assert text.index("| 1 | n ") < text.index("| 2 | m ") and "**phantom (small), split test**" in text
+    assert "83.3 [72.0, 90.7]" in text and "\\|" in text
+    assert html.index(">n<") < html.index(">m<") and "83.3" in html
+    assert "<script>alert" not in html and "&lt;script&gt;alert(1)" in html
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", html) and "prefers-color-scheme: dark" in html
+    assert pages.to_html([]) != html and (readme.read_bytes(), page.read_bytes()) == tuple(
+        p.read_bytes() for p in pages.build(root)
+    )
+
+
+def test_a_rejected_entry_is_shown_as_such(root: Path) -> None:
+    edit(root, lambda entry: entry["numbers"][0].update(value=1.0))
+    assert "rejected by check" in pages.to_markdown([pages.read_board(board(root))])
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, root = write(tmp_path / "run", BASE), tmp_path / "boards"
+    root.mkdir()
+    assert cli.invoke(["leaderboard", "check", "--root", str(root)]) == 0
+    assert cli.invoke(["leaderboard", "add", str(run), "--root", str(root), "--model", "m"]) == 0
+    assert capsys.readouterr().out.endswith("small-phantom/entries/m.json\n")
+    assert (root / "README.md").is_file() and (root / "index.html").is_file()
+    assert cli.invoke(["leaderboard", "check", "--root", str(root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "entries": {"small-phantom/m.json": []}}
+    edit(root, lambda entry: entry["numbers"][0].update(value=1.0))
+    assert cli.invoke(["leaderboard", "check", "--root", str(root)]) == 2
+    told = capsys.readouterr()
+    assert "REJECTED  small-phantom/m.json" in told.out and "edited number" in told.err
+    assert cli.invoke(["leaderboard", "build", "--root", str(root), "--json"]) == 0
+
+
+def test_a_limited_run_of_a_shipped_suite_is_refused(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    shipped = {**SETTINGS, "models": [{"name": "m", "path": "/w"}], "data": {"per_modality": 25}}
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "small.yaml").write_text(yaml.safe_dump(shipped))
+    monkeypatch.chdir(tmp_path)
+    data = {"per_modality": 2, "split": "test", "filter": {}, "resolution": 64, "fit": "pad"}
+    run = write(tmp_path / "run", BASE, settings={"data": data})
+    assert cli.invoke(["leaderboard", "add", str(run), "--root", "boards"]) == 2
+    assert "data.per_modality is 2, not 25" in capsys.readouterr().err and not Path("boards").exists()
+    whole = write(tmp_path / "whole", BASE, settings={"data": {**data, "per_modality": 25}})
+    assert cli.invoke(["leaderboard", "add", str(whole), "--root", "boards"]) == 0
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_columns_sort_in_a_browser(tmp_path: Path, root: Path) -> None:
+    """By robust accuracy m is second; a click on `clean` puts it first, another turns the order."""
+    better = {**BASE, CLEAN: "1" * 50 + "0" * 10, PGD: "1" * 50 + "0" * 10}
+    add(write(tmp_path / "n", better, model="n"), root)
+    page = pages.build(root)[1].read_text()
+    for clicks, first in ((0, "n"), (1, "m"), (2, "n")):
+        click = "document.querySelectorAll('th button')[2].click();" * clicks
+        file = tmp_path / f"{clicks}.html"
+        file.write_text(page.replace("</body>", f"<script>{click}</script></body>"))
+        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", file.as_uri()]
+        dom = subprocess.run(browser, capture_output=True, text=True, check=False, timeout=120).stdout
+        head, _, body = dom[dom.index("<thead>") :].partition("<tbody>")
+        assert re.findall(r'<td class="left">(\w+)<span', body)[0] == first
+        assert re.findall(r'aria-sort="(\w+)"', head) == (
+            ["descending", "ascending"][clicks - 1 :][:1] if clicks else []
+        )
