@@ -6,8 +6,8 @@ tables of question x condition. Aggregates over attacks are more columns of the 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
 (a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons, smooth}]; `cells`
 [{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id and the
-QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has it; what
-else they say of a question, its words and its image, is for the report); `provenance` (copied into the summary).
+QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has it;
+what else they say of a question, its words and its image, is for the report); `provenance` (copied into the summary).
 """
 
 from __future__ import annotations

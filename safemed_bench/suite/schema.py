@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..core.errors import did_you_mean
 from ..core.types import Norm, ThreatModel, format_eps
+from .condition import KEYS_OF, ConditionSpec, Part
 from .values import (
     Count,
     CountOrAll,
@@ -23,26 +24,10 @@ from .values import (
     parse_number,
 )
 
-PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
-RESERVED = (*PLAIN_KINDS, "worst")
-PARAMETERS_OF = {
-    "attack": ("steps", "restarts", "step_size", "rel_step"),
-    "certify": ("sigma", "radii", "n", "n0", "alpha"),
-}
-"""Keys of a condition that are handed on by name."""
-
-KEYS_OF = {
-    "attack": ("attack", "name", "objectives", "at", "params", *PARAMETERS_OF["attack"]),
-    "certify": ("certify", "name", "per_modality", "params", *PARAMETERS_OF["certify"]),
-}
 FILTER_KEYS = ("modality", "question_type", "source")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-
-class DataSpec(_Part):
+class DataSpec(Part):
     """Which questions are asked, and on what canvas."""
 
     name: Text = Field(
@@ -98,7 +83,7 @@ class DataSpec(_Part):
         return {k: (v,) if isinstance(v, str) else v for k, v in value.items()}
 
 
-class ThreatSpec(_Part):
+class ThreatSpec(Part):
     """What the adversary may do."""
 
     norm: Norm = Field(default="linf", description="Norm of the perturbation over one image's values.")
@@ -138,7 +123,7 @@ class ThreatSpec(_Part):
         return tuple(ThreatModel(self.norm, eps) for eps in self.eps)
 
 
-class SmoothSpec(_Part):
+class SmoothSpec(Part):
     """An entry deployed as its smoothed version: the majority of its answers on noisy copies (Cohen, 1902.02918)."""
 
     sigma: Number = Field(gt=0, description="Standard deviation of the Gaussian noise, on the [0, 1] pixel scale.")
@@ -163,7 +148,7 @@ class SmoothSpec(_Part):
         return self
 
 
-class ModelSpec(_Part):
+class ModelSpec(Part):
     """An entry under test; None is the entry's own default."""
 
     name: Text = Field(description="Registered entry, or the name to show where `entry` or `path` is given.")
@@ -206,133 +191,7 @@ class ModelSpec(_Part):
         return self.name
 
 
-class ConditionSpec(_Part):
-    """A word (clean, blank, shuffled, noise), or a mapping with `attack` or `certify`."""
-
-    unknown_key_hint: ClassVar[str] = " Further parameters of an attack or certifier stand under `params`."
-
-    kind: Literal["clean", "blank", "shuffled", "noise", "attack", "certify"] = Field(
-        description="What is done to the image."
-    )
-    models: Literal["bare", "smoothed"] | tuple[Text, ...] | None = Field(
-        default=None,
-        description="Entries it is for: names, `bare` (all that are not smoothed) or `smoothed`; None is all.",
-    )
-    attack: Text | None = Field(default=None, description="Registered attack.")
-    certify: Text | None = Field(default=None, description="Registered certifier.")
-    name: Text | None = Field(
-        default=None, description="Name in tables, by default the attack's; tells two settings apart."
-    )
-    objectives: Literal["all", "strong"] | tuple[Text, ...] = Field(
-        default="all",
-        description="What the attack maximises: names; `all` that are standard for the entry; or `strong`, those of "
-        "all that are not known to overstate the robustness of an entry that reasons. Square and cascades take none.",
-    )
-    at: Literal["all", "headline", "other"] = Field(
-        default="all", description="At every eps of the threat, at its headline alone, or at the others."
-    )
-    steps: Count | None = Field(default=None, description="Gradient steps.")
-    restarts: Count | None = Field(default=None, description="Random starts; later ones on survivors only.")
-    step_size: Number | None = Field(default=None, gt=0, description="Step length on the [0, 1] pixel scale.")
-    rel_step: Number | None = Field(default=None, gt=0, description="Step length as a part of eps.")
-    sigma: Number | None = Field(
-        default=None,
-        gt=0,
-        description="Certifier: standard deviation of the noise, [0, 1] pixel scale; None is that of a smoothed entry.",
-    )
-    radii: tuple[Number, ...] | None = Field(
-        default=None, description="Certifier: L2 radii to decide, on the [0, 1] pixel scale."
-    )
-    n: Count | None = Field(default=None, description="Certifier: test samples, or the most of them.")
-    n0: Count | None = Field(default=None, description="Certifier: samples that select the answer to be tested.")
-    alpha: Number | None = Field(
-        default=None, gt=0, lt=1, description="Certifier: probability that a certificate is wrong."
-    )
-    per_modality: Count | None = Field(
-        default=None, description="Certifier: at most so many of the questions per modality; None is all of them."
-    )
-    params: dict[str, Any] = Field(default_factory=dict, description="Further parameters, by name.")
-
-    @field_validator("sigma")
-    @classmethod
-    def _on_the_pixel_scale(cls, value: float | None) -> float | None:
-        return value if value is None else check_sigma(value)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value not in PLAIN_KINDS:
-                close = did_you_mean(value, PLAIN_KINDS)
-                raise ValueError(f"unknown condition '{value}'.{close} Attacks are written `- attack: {value}`.")
-            return {"kind": value}
-        if isinstance(value, dict) and "kind" not in value:
-            found = [key for key in ("attack", "certify") if key in value]
-            if not found:
-                raise ValueError("a condition is a word, or a mapping with `attack` or `certify`: the name of one")
-            return {"kind": found[0], **value}
-        return value
-
-    @field_validator("models", mode="before")
-    @classmethod
-    def _names_or_a_word(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in ("bare", "smoothed"):
-            raise ValueError(f"must be `bare`, `smoothed` or a list of entries, not {value!r}")
-        return value
-
-    @field_validator("objectives", mode="before")
-    @classmethod
-    def _one_objective(cls, value: Any) -> Any:
-        if value in ("all", "strong"):
-            return value
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in names):
-            raise ValueError("must be `all`, `strong`, an objective, or a list of objectives")
-        return tuple(names)
-
-    @model_validator(mode="after")
-    def _fits_its_kind(self) -> ConditionSpec:
-        for kind in ("attack", "certify"):
-            if (self.kind == kind) != (getattr(self, kind) is not None):
-                raise ValueError(f"`{kind}` belongs to a condition of kind {kind}, and to no other")
-        allowed = {"kind", "models", *KEYS_OF.get(self.kind, ())}
-        if extra := self.model_fields_set - allowed:
-            raise ValueError(f"{self.kind} takes no {', '.join(sorted(extra))}")
-        if self.name in RESERVED:
-            raise ValueError(f"`name: {self.name}` would be taken for another row of the tables")
-        if twice := set(PARAMETERS_OF.get(self.kind, ())) & set(self.params):
-            raise ValueError(f"{', '.join(sorted(twice))} stands beside `{self.kind}`, not under params")
-        return self
-
-    def at_eps(self, headline: bool) -> bool:
-        """Whether the attack is made at the headline eps, or at another one."""
-        return self.at == "all" or (self.at == "headline") == headline
-
-    def is_for(self, name: str, smoothed: bool = False) -> bool:
-        """Whether an entry is measured under it."""
-        if isinstance(self.models, str):
-            return smoothed == (self.models == "smoothed")
-        return self.models is None or name in self.models
-
-    @property
-    def label(self) -> str:
-        """What conditions are named by: the kind, or the attack's name; a certifier's has its sigma."""
-        if self.kind == "certify":
-            return self.certificate_label(self.sigma or 0)
-        return self.name or self.attack or self.kind
-
-    def certificate_label(self, sigma: float) -> str:
-        """`certify[sigma=0.25]`; with a name of its own `certify[name sigma=0.25]`."""
-        return f"certify[{f'{self.name} ' if self.name else ''}sigma={sigma:g}]"
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Everything the attack or the certifier is built with."""
-        named = {k: getattr(self, k) for k in PARAMETERS_OF.get(self.kind, ())}
-        return {k: v for k, v in named.items() if v is not None} | dict(self.params)
-
-
-class RunSpec(_Part):
+class RunSpec(Part):
     """How the work is done. Only `seed` and `dtype` can change a record."""
 
     seed: Whole = Field(default=0, description="Seed of everything random: starts, noise, shuffling.")
@@ -356,7 +215,7 @@ class RunSpec(_Part):
         return value
 
 
-class GateRule(_Part):
+class GateRule(Part):
     """What must not get worse from a baseline to a run of the suite (`gate RUN --baseline B`). Changes no record."""
 
     metric: Literal["accuracy", "invalid_rate", "truncated_rate"] = Field(
@@ -379,7 +238,7 @@ class GateRule(_Part):
     )
 
 
-class Suite(_Part):
+class Suite(Part):
     """A validated suite: what is measured, on which data, under which threat."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.=+-]*$", description="Name of the report folder; a plain word.")
