@@ -74,11 +74,14 @@ def load_suite_text(text: str) -> Suite:
 
 def test_the_default_suite_says_what_the_readme_says(entries: None) -> None:
     suite = load_suite(REPO / "suites" / "omnimed_pgd.yaml", env={})
-    assert [m.name for m in suite.models] == ["sft", "instruct", "cot", "safemed-r1"]
+    bare = ["sft", "instruct", "cot", "safemed-r1"]
+    assert [m.name for m in suite.models] == [*bare, "safemed-r1-smoothed"]
+    assert [m.name for m in suite.models if m.smooth is None] == bare
     assert suite.threat.eps == (2 / 255, 4 / 255, 8 / 255) and suite.threat.headline == 4 / 255
     assert suite.data.root is None and suite.data.per_modality == 25 and suite.data.resolution == 64
-    assert [c.label for c in suite.conditions] == ["clean", "blank", "shuffled", "noise", "fgsm", "pgd", "pgd"]
-    assert suite.conditions[-1].parameters == {"steps": 20, "restarts": 1}
+    assert [c.label for c in suite.conditions] == ["clean", "blank", "shuffled", "noise", "fgsm", "pgd", "pgd", "certify"]
+    assert suite.conditions[-2].parameters == {"steps": 20, "restarts": 1}
+    assert suite.conditions[-1].is_for("any", smoothed=True) and not suite.conditions[-1].is_for("any")
 
 
 def test_every_field_has_a_description() -> None:

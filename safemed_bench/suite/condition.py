@@ -138,8 +138,8 @@ class ConditionSpec(Part):
     @property
     def label(self) -> str:
         """What conditions are named by: the kind, or the attack's name; a certifier's has its sigma."""
-        if self.kind == "certify":
-            return self.certificate_label(self.sigma or 0)
+        if self.kind == "certify" and self.sigma is not None:
+            return self.certificate_label(self.sigma)
         return self.name or self.attack or self.kind
 
     def certificate_label(self, sigma: float) -> str:
