@@ -19,6 +19,7 @@ from toy_model import ToyVLM
 from toy_run import COHEN, SIDE, records, toy_dataset, toy_execute, toy_plan
 
 from safemed_bench.certify import build_certifier
+from safemed_bench.core import journal
 from safemed_bench.core.seeds import derive_seed
 from safemed_bench.datasets.base import Dataset
 from safemed_bench.datasets.images import load_canvas
@@ -129,9 +130,10 @@ def drawn(count: Path) -> int:
 
 
 def held(folder: Path) -> int:
-    """Samples that the partial files know of."""
-    states = [partial.read(path) for path in folder.glob("partial/*/*.jsonl")]
-    return sum(sum({**s["selection"]}.values()) + sum(s["test"].values()) for found in states for s in found.values())
+    """Samples that the partial files know of, of units without a record."""
+    settled = journal.read(folder).records
+    states = [state for path in folder.glob("partial/*/*.jsonl") for state in partial.read(path).items()]
+    return sum(sum({**s["selection"], "": sum(s["test"].values())}.values()) for k, s in states if k not in settled)
 
 
 def test_a_certificate_that_is_killed_goes_on_where_it_was(
@@ -142,19 +144,19 @@ def test_a_certificate_that_is_killed_goes_on_where_it_was(
     cut, count = tmp_path / "cut", tmp_path / "count"
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(images), str(cut), "1", "certify"],
-        env=os.environ | {"TOY_DELAY": "0.1", "TOY_COUNT": str(count)},
+        env=os.environ | {"TOY_DELAY": "0.2", "TOY_COUNT": str(count)},
         start_new_session=True,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    while not (cut / "journal.jsonl").exists() or len(records(cut, "journal.jsonl")) < 4 or not held(cut):
+    deadline = time.monotonic() + 240
+    while not held(cut):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = held(cut)
-    assert 0 < before < 4 * TOTAL / 12, "in the middle of the second chunk"
-    (torn,) = cut.glob("partial/*/0001-*.jsonl")
+    before, settled = held(cut), len(journal.read(cut).records)
+    assert 0 < before <= drawn(count) and settled < 12, "in the middle of a chunk"
+    (torn,) = cut.glob(f"partial/*/000{settled // 4}-*.jsonl")
     with torn.open("ab") as file:
         file.write(b'{"key": "to')
 
@@ -162,7 +164,9 @@ def test_a_certificate_that_is_killed_goes_on_where_it_was(
     monkeypatch.setenv("TOY_COUNT", str(count))
     outcome = toy_execute(plan, cut)
     assert (outcome.done, outcome.errors) == (12, 0)
-    assert drawn(count) == 8 * TOTAL / 12 - before, "no sample that was noted is drawn again, and none is left out"
+    assert drawn(count) == TOTAL - settled * TOTAL / 12 - before, (
+        "no sample that was noted is drawn again, and none is left out"
+    )
     assert facts(cut) == facts(tmp_path / "whole")
     ours, theirs = (json.dumps(summarise(folder)["estimates"]) for folder in (cut, tmp_path / "whole"))
     assert ours == theirs
@@ -197,10 +201,11 @@ def job(dataset: Dataset) -> Job:
 def test_the_parts_of_a_chunk_go_on_from_the_whole_and_leave_nothing(job: Job, tmp_path: Path) -> None:
     """As the engine does it: the chunk fails, its halves are tried instead."""
     honest = bench(tmp_path / "honest").run(job)
+    worker = bench(tmp_path, 300)
     with pytest.raises(RuntimeError, match="broken"):
-        bench(tmp_path, 300).run(job)
+        worker.run(job)
     before = held(tmp_path)
-    assert before == 300
+    assert 270 < before == worker.model.deployed
     found, again = [], 0
     for part in (job.part(0, 2), job.part(2, 4)):
         worker = bench(tmp_path)
@@ -211,10 +216,24 @@ def test_the_parts_of_a_chunk_go_on_from_the_whole_and_leave_nothing(job: Job, t
     assert strip == [replace(record, seconds=0.0) for record in honest]
     assert again == 4 * TOTAL / 12 - before
     assert partial.path_of(tmp_path, job).is_file()
-    partial.sweep(tmp_path, {unit.key for unit in job.units[:3]})
+    partial.sweep(tmp_path, {unit.key for unit in job.units[:2]})
     assert partial.path_of(tmp_path, job).is_file(), "one of its units has no record"
     partial.sweep(tmp_path, {unit.key for unit in job.units})
     assert not (tmp_path / partial.FOLDER).exists()
+
+
+def test_a_worker_at_the_next_chunk_does_not_miss_its_folder(dataset: Dataset, tmp_path: Path) -> None:
+    """It is given its next chunk before the parent has dealt with the last one's records."""
+    first, second, _ = jobs_of(toy_plan(dataset, ("toy",), (COHEN,)))
+    file = partial.PartialFile(partial.path_of(tmp_path, first))
+    file.note({first.units[0].key: {"selection": {}, "test": {}}})
+    file.flush()
+    following = partial.PartialFile(partial.path_of(tmp_path, second))
+    partial.discard(tmp_path, first)
+    assert not partial.path_of(tmp_path, first).exists()
+    following.note({second.units[0].key: {"selection": {"0": 1}, "test": {}}})
+    following.flush()
+    assert held(tmp_path) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbled", "not a state", "empty"])

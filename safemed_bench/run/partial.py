@@ -56,23 +56,19 @@ def _drawn(state: Mapping[str, Any]) -> int:
     return sum(state["selection"].values()) + sum(state["test"].values())
 
 
+def discard(folder: Path, job: Job) -> None:
+    """The job's records are in the journal. The folder stays: a worker may be about to write the next file into it."""
+    if job.kind == "certify":
+        path_of(folder, job).unlink(missing_ok=True)
+
+
 def sweep(folder: Path, settled: Collection[str]) -> None:
-    """Remove the files whose units all have records, such as that of a chunk that was done in parts in the end."""
+    """Once no worker is left: remove the files whose units all have records, such as that of a chunk that was done in
+    parts in the end, and the folders that are empty."""
     for path in (folder / FOLDER).glob("*/*.jsonl"):
         if all(key in settled for key, _ in _lines(path)):
-            _remove(path)
-
-
-def discard(folder: Path, job: Job) -> None:
-    """The job's records are in the journal."""
-    if job.kind != "certify":
-        return
-    _remove(path_of(folder, job))
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    for parent in (path.parent, path.parent.parent):
+            path.unlink()
+    for parent in (*(folder / FOLDER).glob("*"), folder / FOLDER):
         with contextlib.suppress(OSError):  # not empty, or never made
             parent.rmdir()
 
