@@ -79,9 +79,11 @@ def test_the_default_suite_says_what_the_readme_says(entries: None) -> None:
     assert [m.name for m in suite.models if m.smooth is None] == bare
     assert suite.threat.eps == (2 / 255, 4 / 255, 8 / 255) and suite.threat.headline == 4 / 255
     assert suite.data.root is None and suite.data.per_modality == 25 and suite.data.resolution == 64
-    assert [c.label for c in suite.conditions] == ["clean", "blank", "shuffled", "noise", "fgsm", "pgd", "pgd", "certify"]
+    labels = ["clean", "blank", "shuffled", "noise", "fgsm", "pgd", "pgd", "certify"]
+    assert [c.label for c in suite.conditions] == labels
     assert suite.conditions[-2].parameters == {"steps": 20, "restarts": 1}
-    assert suite.conditions[-1].is_for("any", smoothed=True) and not suite.conditions[-1].is_for("any")
+    certificate = suite.conditions[-1]
+    assert certificate.is_for("any", smoothed=True) and not certificate.is_for("any")
 
 
 def test_every_field_has_a_description() -> None:
