@@ -178,3 +178,37 @@ def test_what_a_certificate_depends_on_is_in_its_key(tmp_path: Path) -> None:
     assert len(set.union(plain, *others)) == 9 * 12
     few = keys(None, sigma=0.25, per_modality=1)
     assert len(few) == 2 and few < plain, "a question costs nothing again when more are asked"
+
+
+def test_conditions_for_bare_and_for_smoothed_entries(tmp_path: Path) -> None:
+    conditions = """\
+conditions:
+  - clean
+  - {kind: noise, models: bare}
+  - {attack: pgd, models: bare}
+  - {attack: pgd, models: smoothed, objectives: [answer]}
+  - {certify: sequential, models: smoothed, per_modality: 1}
+threat: {eps: [4/255]}
+"""
+    path = tmp_path / "suite.yaml"
+    path.write_text("name: s\n" + MODELS + conditions)
+    suite = load_suite(path, env={})
+    assert load_suite_of(dump_suite(suite), tmp_path) == suite
+    plan = build_plan(suite, toy_dataset(tmp_path, 6), [resolve(model) for model in suite.models])
+    found: dict[str, list[str]] = {}
+    for cell in plan.cells:
+        found.setdefault(cell.model.name, []).append(cell.condition.name)
+    assert found["sft"] == ["clean", "noise@linf:4/255", "pgd[answer]@linf:4/255"]
+    assert found["safe"] == ["clean", "pgd[answer]@linf:4/255", "certify[sigma=0.25]"]
+    certified = [unit for chunk in plan.chunks if "certify" in chunk.cell for unit in chunk.units]
+    assert len(certified) == len({q.modality for q in plan.dataset.questions}) < 6
+
+
+def load_suite_of(text: str, folder: Path) -> Suite:
+    (folder / "again.yaml").write_text(text)
+    return load_suite(folder / "again.yaml", env={})
+
+
+def test_a_word_that_is_neither_bare_nor_smoothed(tmp_path: Path) -> None:
+    text = "name: s\n" + MODELS + "conditions:\n  - {attack: pgd, models: smothed}\n"
+    assert "must be `bare`, `smoothed` or a list of entries" in problem(tmp_path, text).message
