@@ -13,7 +13,7 @@ from typing import Any
 
 from ..frames import Verdicts
 from .answers import constraint_audit, coverage, image_reliance, readable, repeat_run, zero_eps
-from .ascent import convergence, dead_gradients, finite_difference, loss_noise, silent_success
+from .ascent import convergence, dead_gradients, finite_difference, loss_noise, silent_success, unseen_success
 from .base import Diagnostic, Status
 from .certified import certified_below_empirical
 from .strength import (
@@ -39,6 +39,7 @@ CHECKS: Mapping[str, Check] = {
     "dead-gradients": dead_gradients,
     "convergence": convergence,
     "silent-success": silent_success,
+    "unseen-success": unseen_success,
     "iterative-not-weaker-than-fgsm": iterative_against_fgsm,
     "white-box-not-weaker": white_box_against_black,
     "monotone-in-eps": monotone_eps,

@@ -140,6 +140,33 @@ def silent_success(verdicts: Verdicts) -> Diagnostic | None:
     )
 
 
+def unseen_success(verdicts: Verdicts) -> Diagnostic | None:
+    """The deployed path was fooled, and the loss never knew."""
+    found = []
+    for condition in verdicts.conditions:
+        if not is_gradient_attack(verdicts, condition):
+            continue
+        rows = rows_of(verdicts, condition.name)
+        rows = rows[(rows["correct"] == 0) & (rows["clean_correct"] == 1)] if not rows.empty else rows
+        if len(rows):
+            estimate = share(rows["suspected"].isna(), verdicts)
+            found.append((estimate.low, estimate, condition))
+    if not found:
+        return None
+    low, estimate, condition = max(found, key=lambda item: item[0])
+    status = share_status(estimate)
+    if verdicts.reasons:
+        status = "warn" if low > MOSTLY else "pass"
+    return Diagnostic(
+        "unseen-success",
+        status,
+        "where an attack changed the answer its loss had said so; a warning for any question, a failure for more than "
+        "5% (95% interval): such a loss is of another label or another place than the verdict. Of an entry that "
+        "reasons, whose rationale may turn the answer, only a warning, if it is most",
+        f"{condition.name}: {per_cent(estimate)} of the changed answers were unforeseen",
+    )
+
+
 def finite_difference(verdicts: Verdicts) -> Diagnostic | None:
     """The gradient that attacks climb against what the loss does along it."""
     rows = rows_of(verdicts, f"{PROBE}gradient")
