@@ -17,6 +17,8 @@ MODALITIES = (
     "Microscopy",
 )
 LETTERS = "ABCD"
+PROBE = "probe:"
+"""What the names of conditions begin with that serve the diagnostics alone and enter no table."""
 
 Norm = Literal["linf", "l2", "l1"]
 Status = Literal["valid", "invalid", "truncated", "abstain"]

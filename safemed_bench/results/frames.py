@@ -5,7 +5,7 @@ tables of question x condition. Aggregates over attacks are more columns of the 
 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
 (a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons, smooth}]; `cells`
-[{model, condition, questions (ids, where not all are asked), certifier}] and `questions` [{id and the
+[{model, condition, questions (ids, where not all are asked), certifier, attack}] and `questions` [{id and the
 QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has it;
 what else they say of a question, its words and its image, is for the report); `provenance` (copied into the summary).
 """
@@ -25,14 +25,17 @@ import pandas as pd
 
 from ..core import journal
 from ..core.errors import DataError
-from ..core.types import LETTERS, MODALITIES, Record
+from ..core.types import LETTERS, MODALITIES, PROBE, Record
 
 RECORDS = "records.jsonl"
 RUN = "run.json"
-HEAVY = {"text", "option_logprobs", "loss_trace", "extra"}
+HEAVY = {"text", "extra"}
 COLUMNS = tuple(f.name for f in fields(Record) if f.name not in HEAVY)
 CERTIFICATE = ("candidate", "decisions")
-"""What is kept of a certificate's `extra`."""
+PROBED = ("again", "spread", "slope", "mismatch", "noise", "reach")
+EFFORT = ("dead_gradients", "suspected", "stage")
+EXTRA = (*CERTIFICATE, *PROBED, *EFFORT)
+"""What is kept of the `extra` of a certificate, of a probe of the diagnostics, and of an attack."""
 NO_ATTACK = ("noise", "certify", "certified")
 QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options", "text_prior", "reassuring", "alarming")
 """What is known of a question; all but the last three also stands in each of its records."""
@@ -85,7 +88,9 @@ class Verdicts:
     asked: condition -> ids of its questions, only where these are not all. certificates: one row per certificate,
     columns condition, question_id, target, candidate, decisions ([radius, verdict, n] each), radius, abstain, samples.
     certifiers: condition -> {name, values (d = 3 H W), sigma, ...}. smooth: whether the entry is a smoothed one, which
-    may abstain.
+    may abstain. reasons: whether it writes a rationale before its answer.
+    records: of all conditions and of the probes of the diagnostics, as `load_records` has them. attacks: condition ->
+    {name, steps, ...}, what the suite said of an attack.
     """
 
     model: str
@@ -99,6 +104,9 @@ class Verdicts:
     certificates: pd.DataFrame = field(default_factory=pd.DataFrame)
     certifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     smooth: bool = False
+    reasons: bool = False
+    records: pd.DataFrame = field(default_factory=pd.DataFrame)
+    attacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
@@ -122,7 +130,7 @@ class Run:
 
 
 def load_records(folder: Path | str) -> pd.DataFrame:
-    """One row per record: COLUMNS of core.types.Record and CERTIFICATE of its extra.
+    """One row per record: COLUMNS of core.types.Record and EXTRA of its extra.
 
     `correct` and `clean_correct` are 1.0, 0.0 or NaN.
 
@@ -140,10 +148,10 @@ def load_records(folder: Path | str) -> pd.DataFrame:
 def frame_of(records: Iterable[Record]) -> pd.DataFrame:
     """What `load_records` says, of records from anywhere."""
     rows = [
-        [*(getattr(record, name) for name in COLUMNS), *(record.extra.get(name) for name in CERTIFICATE)]
+        [*(getattr(record, name) for name in COLUMNS), *(record.extra.get(name) for name in EXTRA)]
         for record in records
     ]
-    frame = pd.DataFrame(rows, columns=[*COLUMNS, *CERTIFICATE]).drop_duplicates(
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, *EXTRA]).drop_duplicates(
         ["model", "condition", "question_id"], keep="last"
     )
     for name in ("correct", "clean_correct"):
@@ -204,18 +212,26 @@ def load_run(folder: Path | str) -> Run:
 
 def assemble(folder: Path, info: Mapping[str, Any], records: pd.DataFrame) -> Run:
     """A run from what its run.json says and the records of `frame_of`."""
-    cells = _planned_cells(info, records)
+    probes = records["condition"].str.startswith(PROBE)
+    cells = _planned_cells(info, records[~probes])
     questions = _planned_questions(info, records)
     tables = tuple(
         replace(
-            _verdicts(model, conditions, questions, records[records["model"] == model]),
+            _verdicts(model, conditions, questions, records[(records["model"] == model) & ~probes]),
+            records=records[records["model"] == model],
+            attacks=_of_cells(info, model, "attack"),
             asked={name: frozenset(ids) for name, ids in _of_cells(info, model, "questions").items()},
             certifiers=_of_cells(info, model, "certifier"),
-            smooth=any(card.get("name") == model and card.get("smooth") for card in info.get("models", ())),
+            smooth=_card_says(info, model, "smooth"),
+            reasons=_card_says(info, model, "reasons"),
         )
         for model, conditions in cells.items()
     )
     return Run(folder, info, tables)
+
+
+def _card_says(info: Mapping[str, Any], model: str, key: str) -> bool:
+    return any(card.get("name") == model and card.get(key) for card in info.get("models", ()))
 
 
 def _of_cells(info: Mapping[str, Any], model: str, key: str) -> dict[str, Any]:
@@ -224,8 +240,8 @@ def _of_cells(info: Mapping[str, Any], model: str, key: str) -> dict[str, Any]:
 
 
 def _planned_cells(info: Mapping[str, Any], records: pd.DataFrame) -> dict[str, list[str]]:
-    """model -> its conditions, in the plan's order; from the records where run.json does not name them."""
-    pairs = [(c["model"], c["condition"]) for c in info.get("cells", ())]
+    """model -> its conditions without probes, in the plan's order; from the records where run.json names none."""
+    pairs = [(c["model"], c["condition"]) for c in info.get("cells", ()) if not c["condition"].startswith(PROBE)]
     pairs = pairs or list(records[["model", "condition"]].drop_duplicates().itertuples(index=False, name=None))
     cells: dict[str, list[str]] = {}
     for model, condition in pairs:

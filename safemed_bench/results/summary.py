@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.journal import write_atomic
+from ..core.types import PROBE
 from . import tables
 from .certified import certified
 from .diagnostics import diagnose
@@ -56,7 +57,8 @@ def summary_of(run: Run) -> dict[str, Any]:
         "models": [{"name": v.model, "reasons": _reasons(info, v.model)} for v in all_verdicts],
         "coverage": coverage,
         "estimates": [row_of(measure) for verdicts in all_verdicts for measure in _all(verdicts)],
-        "diagnostics": [row for verdicts in run.verdicts for row in diagnose(verdicts)],
+        "diagnostics": [row for verdicts in run.verdicts for row in diagnose(verdicts)] if _checked(info) else [],
+        "probes": _probes(run.verdicts),
         "provenance": info.get("provenance", {}),
     }
 
@@ -108,6 +110,21 @@ def threat_order(label: str) -> tuple[str, float]:
         return norm, float(over) / float(under or 1)
     except ValueError:
         return label, 0.0
+
+
+def _checked(info: Mapping[str, Any]) -> bool:
+    return bool(info.get("diagnostics", {}).get("level") != "off")
+
+
+def _probes(verdicts: Sequence[Verdicts]) -> dict[str, Any] | None:
+    """What the probes of the diagnostics took: records, and their part of the seconds of all. None without any."""
+    records = pd.concat([v.records for v in verdicts])
+    of_probes = records["condition"].str.startswith(PROBE)
+    if not of_probes.any():
+        return None
+    seconds = records["seconds"].astype(float)
+    share = float(seconds[of_probes].sum() / seconds.sum()) if seconds.sum() > 0 else math.nan
+    return {"records": int(of_probes.sum()), "share_of_seconds": _plain(share)}
 
 
 def _reasons(info: Mapping[str, Any], model: str) -> bool:

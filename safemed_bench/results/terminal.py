@@ -123,6 +123,20 @@ def _footer(summary: Mapping[str, Any], console: Console) -> None:
     console.out("", highlight=False)
     for note in notes:
         console.out(textwrap.fill(note, WIDTH), highlight=False)
+    for line in checks(summary):
+        console.out(textwrap.fill(line, WIDTH), highlight=False)
+
+
+def checks(summary: Mapping[str, Any]) -> Iterator[str]:
+    """One line per diagnostic that did not pass, the failures first, and how many did."""
+    found = summary.get("diagnostics", ())
+    for status in ("fail", "warn"):
+        for row in found:
+            if row["status"] == status:
+                yield f"{status.upper()} {row['model']}: {row['id']}: {row['evidence']}"
+    if found:
+        passed = sum(row["status"] == "pass" for row in found)
+        yield f"diagnostics: {passed} of {len(found)} checks passed (docs/diagnostics.md)"
 
 
 def _draw_rich(block: Block, console: Console) -> None:

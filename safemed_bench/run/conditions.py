@@ -1,4 +1,4 @@
-"""What a question is asked under: clean, blank, shuffled, noise, attack. One chunk in, its records out.
+"""What a question is asked under: clean, blank, shuffled, noise, attack, probes. One chunk in, its records out.
 
 Imported by worker processes only, since it needs torch.
 """
@@ -23,7 +23,7 @@ from ..core.seeds import derive_seed
 from ..core.types import Answer, Question, Record, ThreatModel, Unit
 from ..datasets.images import load_canvas
 from ..models.base import Batch, VisionLanguageModel
-from . import artefacts, certificates
+from . import artefacts, certificates, probes
 from .batching import BatchSizer
 from .messages import Job, Settings
 
@@ -67,6 +67,8 @@ class Bench:
     def _measure(self, scene: Scene) -> list[Record]:
         if scene.job.kind == "certify":
             return certificates.measure(self.model, self.sizer, self.settings.folder, scene)
+        if scene.job.kind in ("repeat", "gradient"):
+            return self._probe(scene)
         return self._attack(scene) if scene.job.kind == "attack" else self._ask(scene)
 
     def _ask(self, scene: Scene) -> list[Record]:
@@ -85,6 +87,18 @@ class Bench:
                 values["extra"] = {"donor": scene.job.donors[scene.index[k]].id}
             records.append(scene.record(k, **values))
         return records
+
+    def _probe(self, scene: Scene) -> list[Record]:
+        """The verdict of a fresh clean pass, and what the probe found in its extra."""
+        found: list[tuple[Answer, dict[str, Any]]] = []
+
+        def work(batch: Batch, rows: Sequence[int]) -> None:
+            found.extend(
+                probes.repeat(self.model, batch) if scene.job.kind == "repeat" else probes.gradient(self.model, batch)
+            )
+
+        self._batches(scene, scene.job.kind, work)
+        return [scene.record(k, **_verdict(scene, k, answer), extra=extra) for k, (answer, extra) in enumerate(found)]
 
     def _attack(self, scene: Scene) -> list[Record]:
         clean = self.clean_answers(scene)

@@ -14,6 +14,7 @@ STEP_COST = 3.0
 """One step of an attack (forward and backward) in forward passes, for the ETA alone."""
 
 USUAL_STEPS = {"pgd": 20, "mim": 20, "apgd": 50, "square": 170, "safemed-attack": 100, "smoothadv": 80, "eot": 80}
+PROBE_COST = {"repeat": 2.0, "gradient": 11.0}
 USUAL_SAMPLES = 400
 """What a sequential certificate takes."""
 
@@ -56,6 +57,6 @@ def _cost(condition: Condition, votes: int) -> float:
     if condition.kind == "certify":
         return float(min(params.get("n", USUAL_SAMPLES), USUAL_SAMPLES))
     if condition.kind != "attack":
-        return float(votes)
+        return PROBE_COST.get(condition.kind, 1.0) * votes
     steps = params.get("steps", USUAL_STEPS.get(condition.attack, 1)) * params.get("restarts", 1)
     return votes + STEP_COST * steps

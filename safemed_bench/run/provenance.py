@@ -68,6 +68,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "stamp": dataset.stamp},
         "notices": list(plan.notes),
         "code": dict(CODE_VERSIONS),
+        "diagnostics": suite.diagnostics.model_dump(),
         "headline": ThreatModel(suite.threat.norm, headline).label if headline is not None else None,
         "models": [card.to_dict() | _smooth(plan, card.name) for card in plan.cards],
         "cells": [_cell(cell, plan) for cell in plan.cells],
@@ -95,12 +96,15 @@ def _smooth(plan: Plan, name: str) -> dict[str, Any]:
 
 
 def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
-    """`questions` only where not all are asked. Certificates name certifier, parameters and `values`, d = 3 H W."""
+    """`questions` only where not all are asked. Certificates name certifier, parameters and `values`, d = 3 H W;
+    attacks their registered name and what the suite sets of their parameters."""
     described: dict[str, Any] = {"model": cell.model.name, "condition": cell.condition.name}
     if cell.condition.certifier:
         side = cell.model.resolution or plan.suite.data.resolution
         facts = {"name": cell.condition.certifier, "values": 3 * side * side}
         described["certifier"] = facts | dict(cell.condition.params)
+    if cell.condition.attack:
+        described["attack"] = {"name": cell.condition.attack, **dict(cell.condition.params)}
     chosen = asked(plan.dataset.questions, cell.condition)
     if len(chosen) < len(plan.dataset.questions):
         described["questions"] = [question.id for question in chosen]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,7 @@ from ..certify import CODE_VERSION as CERTIFY_VERSION
 from ..core import registry
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
-from ..core.types import Question, ThreatModel, Unit
+from ..core.types import PROBE, Question, ThreatModel, Unit
 from .schema import ConditionSpec, ModelSpec, Suite
 from .shuffle import choose_donors
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..datasets.base import Dataset
     from ..models.card import ModelCard
 
-Kind = Literal["clean", "blank", "shuffled", "noise", "attack", "certify"]
+Kind = Literal["clean", "blank", "shuffled", "noise", "attack", "certify", "repeat", "gradient"]
 
 CODE_VERSIONS: Mapping[str, int] = {
     "canvas": 1,
@@ -34,6 +35,8 @@ CODE_VERSIONS: Mapping[str, int] = {
     "noise": 1,
     "attack": ATTACK_VERSION,
     "certify": CERTIFY_VERSION,
+    "repeat": 1,
+    "gradient": 1,
     "smooth": 2,
 }
 """Versions of the code behind a record. Raise one whenever a change to that part can change a record."""
@@ -46,6 +49,7 @@ class Condition:
     attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name. objective
     is "" where the attack takes none: a black box, a cascade.
     certifier, params: for kind "certify". per_modality: at most so many of the suite's questions; None is all.
+    share: such a part of each modality's questions, for the probes of the diagnostics (probes.py).
     """
 
     kind: Kind
@@ -56,6 +60,7 @@ class Condition:
     threat: ThreatModel | None = None
     certifier: str = ""
     per_modality: int | None = None
+    share: float | None = None
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -147,7 +152,8 @@ def build_plan(
     for model, card in zip(suite.models, cards, strict=True):
         if card is None:
             continue
-        for condition in conditions_for(suite, card, said, model):
+        conditions = tuple(conditions_for(suite, card, said, model))
+        for condition in (*conditions, *probes_of(suite, model, conditions)):
             cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
     if twice := _repeated(cell.name for cell in cells):
         raise UsageError(f"the suite gives two cells the name {twice}; give one condition another `name`")
@@ -223,15 +229,38 @@ def _chunks(
 
 def asked(questions: Sequence[Question], condition: Condition) -> Sequence[Question]:
     """The questions of one condition: all, or the first of each modality, in the data set's order (types are mixed)."""
-    if condition.per_modality is None:
+    if condition.per_modality is None and condition.share is None:
         return questions
-    seen: Counter[str] = Counter()
+    there, seen = Counter(question.modality for question in questions), Counter[str]()
     kept = []
     for question in questions:
         seen[question.modality] += 1
-        if seen[question.modality] <= condition.per_modality:
+        share = math.ceil((condition.share or 1) * there[question.modality] - 1e-9)
+        if seen[question.modality] <= min(share, condition.per_modality or share):
             kept.append(question)
     return kept
+
+
+def probes_of(suite: Suite, model: ModelSpec, conditions: Sequence[Condition]) -> Iterator[Condition]:
+    """What `diagnostics: {level: probe}` asks of an entry beside the suite's conditions, on a part of the questions.
+
+    The deployed path twice (`probe:repeat`), the gradient against finite differences (`probe:gradient`; a smoothed
+    entry's attacks climb its base), and every attack of the headline eps at eps 0 and on the whole box.
+    """
+    if suite.diagnostics.level != "probe":
+        return
+    share, side = suite.diagnostics.share, model.resolution or suite.data.resolution
+    yield Condition("repeat", f"{PROBE}repeat", share=share)
+    if model.smooth is None:
+        yield Condition("gradient", f"{PROBE}gradient", share=share)
+    norm = suite.threat.norm
+    unbounded = {"linf": 1.0, "l2": math.sqrt(3) * side, "l1": 3.0 * side * side}[norm]
+    headline = [c for c in conditions if c.kind == "attack" and c.threat and c.threat.eps == suite.threat.headline]
+    for eps in (0.0, unbounded):
+        threat = ThreatModel(norm, eps)
+        for condition in headline:
+            name = f"{PROBE}{condition.name.partition('@')[0]}@{threat.label}"
+            yield replace(condition, name=name, threat=threat, share=share)
 
 
 def _unit(cell: Cell, shared: object, seed: int, question: Question, donor: Question | None) -> PlannedUnit:

@@ -238,6 +238,19 @@ class GateRule(Part):
     )
 
 
+class DiagnosticsSpec(Part):
+    """What is done to tell whether the numbers are to be believed; none of it changes a record of the suite."""
+
+    level: Literal["off", "records", "probe"] = Field(
+        default="records",
+        description="off; records: from what was measured anyway; probe: and from a few more measurements, such as "
+        "every attack at eps 0 and unbounded.",
+    )
+    share: Number = Field(
+        default=0.05, gt=0, le=1, description="Probe: share of each modality's questions, rounded up."
+    )
+
+
 class Suite(Part):
     """A validated suite: what is measured, on which data, under which threat."""
 
@@ -247,6 +260,9 @@ class Suite(Part):
     threat: ThreatSpec = Field(default=ThreatSpec(), description="Threat model.")
     models: tuple[ModelSpec, ...] = Field(min_length=1, description="Entries under test.")
     conditions: tuple[ConditionSpec, ...] = Field(min_length=1, description="What is done to the images.")
+    diagnostics: DiagnosticsSpec = Field(
+        default=DiagnosticsSpec(), description="Whether and how the numbers are checked."
+    )
     run: RunSpec = Field(default=RunSpec(), description="How the work is done.")
     gate: tuple[GateRule, ...] = Field(
         default=(), description="Rules of `gate RUN --baseline B`; without any, those that docs/ci.md names."

@@ -1,46 +1,18 @@
-"""Is a number to be believed? Small checks on what one model answered, each with its rule and its evidence.
-
-A check takes the `Verdicts` of one model and gives a `Diagnostic`, or None where the run has nothing to check. A new
-one is a function in CHECKS; what they say stands in summary.json under `diagnostics`.
-"""
+"""Certified accuracy is a floor: what an attack does to an entry whose answers are proven."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pandas as pd
 from scipy.stats import binom
 
-from .frames import Condition, Verdicts
+from ..frames import Condition, Verdicts
+from .base import Diagnostic, Status
 
-Status = Literal["pass", "warn", "fail"]
 SLACK = 1e-9
 """Sizes of balls read from labels are equal up to this."""
-
-
-@dataclass(frozen=True)
-class Diagnostic:
-    """id: of the check. rule: what must hold. evidence: what was found, with its numbers."""
-
-    id: str
-    status: Status
-    rule: str
-    evidence: str
-
-
-Check = Callable[[Verdicts], Diagnostic | None]
-
-
-def diagnose(verdicts: Verdicts) -> Iterator[dict[str, Any]]:
-    """What every check says of one model, in the order of CHECKS, as plain values for the summary."""
-    for check in CHECKS:
-        if (found := check(verdicts)) is not None:
-            yield {"model": verdicts.model, **asdict(found)}
-
-
-# -- certified accuracy is a floor ----------------------------------------------------------------------------------
 
 
 class Meeting(NamedTuple):
@@ -122,6 +94,3 @@ def _meeting(verdicts: Verdicts, attack: Condition, rows: pd.DataFrame, radius: 
         mute=int(mute.sum()),
         limit=int(binom.ppf(0.999, count, 2 * alpha)) if count else 0,
     )
-
-
-CHECKS: tuple[Check, ...] = (certified_below_empirical,)
