@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from ..attacks import attack_name
 from ..core.errors import did_you_mean
 from ..core.types import Norm, ThreatModel, format_eps
 from .values import (
@@ -269,6 +270,11 @@ class ConditionSpec(_Part):
                 raise ValueError("a condition is a word, or a mapping with `attack` or `certify`: the name of one")
             return {"kind": found[0], **value}
         return value
+
+    @field_validator("attack")
+    @classmethod
+    def _one_name(cls, value: str | None) -> str | None:
+        return value if value is None else attack_name(value)
 
     @field_validator("objectives", mode="before")
     @classmethod
