@@ -14,7 +14,7 @@ from safemed_bench.core.errors import DataError, SuiteError
 from safemed_bench.run import artefacts
 from safemed_bench.suite import load_suite
 
-COUNT = 8
+COUNT = 16
 CELL = "external@linf:8/255"
 
 
@@ -37,7 +37,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory):
 
 def run_external(dataset, path: Path, output: Path):
     made = toy_plan(dataset, conditions=("clean", {"attack": "external", "params": {"path": str(path)}}))
-    toy_execute(made, output, fail_on_error=1.0)
+    toy_execute(made, output)
     return made, [r for r in records(output) if r["condition"] == CELL]
 
 

@@ -107,7 +107,8 @@ class _OneQuestion(nn.Module):
     def __init__(self, pursuit: Pursuit, row: int) -> None:
         super().__init__()
         self.objective = pursuit.scored(pursuit.rows()[row : row + 1])
-        self.pursuit, self.row, self.device = pursuit, row, pursuit.clean.device
+        self.pursuit, self.row = pursuit, row
+        pursuit.spend(row, forwards=1)
         with torch.no_grad():
             found = self.objective.scores(pursuit.clean[row : row + 1])
         self.present = found[0].isfinite().nonzero().flatten()
@@ -120,7 +121,8 @@ class _OneQuestion(nn.Module):
         if len(pixels) != 1:
             raise ValueError(f"{len(pixels)} images for one question")
         self.pursuit.spend(self.row, forwards=1)
-        scores = self.objective.scores(pixels.to(self.device))[:, self.present].to(pixels.device)
+        shown = pixels.to(self.pursuit.clean)  # Auto-PGD's become float64 on the way
+        scores = self.objective.scores(shown)[:, self.present].to(pixels.device)
         if not scores.requires_grad:  # of a model that does not look: a gradient of zero, not an error
             scores = scores + 0.0 * pixels.sum()
         if scores.requires_grad:
@@ -343,10 +345,9 @@ class _Deployed:
     def _scores_of(self, pixels: NDArray[Any]) -> NDArray[np.float64]:
         shown = np.ascontiguousarray(pixels, dtype=np.float32)
         key = shown.tobytes()
-        if key not in self.seen:
-            self.seen = dict([*self.seen.items()][-3:])
-            self.seen[key] = self._asked(torch.from_numpy(shown))
-        return self.seen[key]
+        scores = self.seen.pop(key) if key in self.seen else self._asked(torch.from_numpy(shown))
+        self.seen = dict([*self.seen.items()][-3:]) | {key: scores}  # the best image so far is asked for at every step
+        return scores
 
     def _asked(self, pixels: Tensor) -> NDArray[np.float64]:
         clean, answers = self.pursuit.clean[self.rows], []
