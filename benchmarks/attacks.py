@@ -8,8 +8,10 @@ but their own, so that none is measured on images paired with other images' ques
 
 `same_verdicts`: the peer leaves the same questions standing as we do (random starts differ, so few may not agree). A
 second table, strength, holds `safemed-attack` against what each peer has, at about as many gradient steps and queries a
-question. Work per step is in forward passes' FLOPs, of the question that is stepped; the judge is not in it. The peers (not needed otherwise):
-`pip install --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy`, and for foolbox `requests GitPython`.
+question. Work per step is in forward passes' FLOPs, of the question that is stepped; the judge is not in it.
+
+The peers, which nothing else needs: `pip install --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy`, and for Foolbox
+`pip install requests GitPython`.
 """
 
 from __future__ import annotations
