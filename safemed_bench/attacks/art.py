@@ -68,7 +68,7 @@ class _Art(Attack):
                 image = self._adversarial(pursuit, row)
             if image is None:
                 return
-            delta = project(pursuit.threat, torch.from_numpy(image).to(clean) - clean, clean)
+            delta = project(pursuit.threat, (torch.from_numpy(image).to(clean) - clean).nan_to_num(), clean)
         self._judge(pursuit, rows, delta)
 
     def _judge(self, pursuit: Pursuit, rows: Tensor, delta: Tensor) -> None:
@@ -344,13 +344,16 @@ class _Deployed:
 
     def _scores_of(self, pixels: NDArray[Any]) -> NDArray[np.float64]:
         shown = np.ascontiguousarray(pixels, dtype=np.float32)
+        if not np.isfinite(shown).all():  # in L2 it divides by zero where a move leaves nothing; never an improvement
+            return np.eye(self.options)[self.pursuit.targets[self.row]][None] * 1e9
         key = shown.tobytes()
         scores = self.seen.pop(key) if key in self.seen else self._asked(torch.from_numpy(shown))
         self.seen = dict([*self.seen.items()][-3:]) | {key: scores}  # the best image so far is asked for at every step
         return scores
 
     def _asked(self, pixels: Tensor) -> NDArray[np.float64]:
-        clean, answers = self.pursuit.clean[self.rows], []
+        clean = self.pursuit.clean[self.rows]
+        answers: list[Answer] = []
 
         def score(answer: Answer, target: int) -> float:
             answers.append(answer)

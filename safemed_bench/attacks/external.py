@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from ..core.errors import DataError, UsageError
@@ -48,9 +49,10 @@ class External:
         """See Attack.__call__."""
         supplied, canvas = open_supplied(self.path), batch.canvas.cpu()
         right = [a.index == q.answer for a, q in zip(clean_answers, batch.questions, strict=True)]
-        images, problems = canvas.clone(), []
-        for i, (question, attacked) in enumerate(zip(batch.questions, right, strict=True)):
-            image, problem = _taken(supplied, question.id, canvas[i].numpy(), threat, needed=attacked)
+        images = canvas.clone()
+        problems: list[str] = []
+        for i, (question, needed) in enumerate(zip(batch.questions, right, strict=True)):
+            image, problem = _taken(supplied, question.id, canvas[i].numpy(), threat, needed=needed)
             images[i] = torch.from_numpy(image)
             problems.append(problem)
         ask = [i for i, told in enumerate(problems) if right[i] and not told and not torch.equal(images[i], canvas[i])]
@@ -68,8 +70,8 @@ class External:
 
 
 def _taken(
-    supplied: Supplied, question_id: str, canvas: np.ndarray, threat: ThreatModel, *, needed: bool
-) -> tuple[np.ndarray, str]:
+    supplied: Supplied, question_id: str, canvas: NDArray[np.uint8], threat: ThreatModel, *, needed: bool
+) -> tuple[NDArray[np.uint8], str]:
     """The image of one question and what is wrong with it; the canvas where there is none."""
     if question_id not in supplied and not needed:
         return canvas, ""
