@@ -182,5 +182,6 @@ def test_from_suite_to_records(tmp_path: Path):
     found = records(tmp_path / "run")
     assert {r["condition"] for r in found} == {"clean", "art:PGD[answer]@linf:8/255", "art:Square@linf:8/255"}
     attacked = [r for r in found if r["condition"] != "clean" and r["clean_correct"]]
-    assert attacked and not any(r["error"] for r in found) and all(0 < r["linf"] <= 8 / 255 for r in attacked)
+    assert attacked and not any(r["error"] for r in found) and all(r["linf"] <= 8 / 255 for r in attacked)
+    assert all(r["linf"] > 0 for r in attacked if "PGD" in r["condition"])  # Square may find nothing better
     assert any(not r["correct"] for r in attacked)
