@@ -119,7 +119,8 @@ CELLS = [
 
 
 def test_every_registered_attack_is_tested_here():
-    assert set(ATTACKS) == set(catalogue.ATTACKS)
+    """Save ART's, which know no L1 (test_art), and images made elsewhere (test_external)."""
+    assert set(ATTACKS) == {name for name in catalogue.ATTACKS if name[:4] != "art:"} - {"external", "eot", "smoothadv"}
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import registry
 from ..core.errors import UsageError, did_you_mean
+from ..core.types import Norm
 
 if TYPE_CHECKING:
     from .base import Attack, Objective
     from .cascade import Cascade, Stage
+    from .external import External
 
 CODE_VERSION = 1
 """Goes into unit keys; raised whenever a change here can change a record."""
@@ -24,13 +26,17 @@ CODE_VERSION = 1
 @dataclass(frozen=True, slots=True)
 class AttackInfo:
     """target: `module:Class`. parameters: what a suite may set, beside the objectives. objectives: whether it takes
-    any; a black box and a cascade do not. needs_sigma: of the noise, from the suite or from a smoothed entry."""
+    any; a black box and a cascade do not. needs_sigma: of the noise, from the suite or from a smoothed entry. accepts:
+    the only objectives it can climb, () for all. norms: of the ball. why: it is limited to these two."""
 
     target: str
     summary: str
     parameters: tuple[str, ...] = ()
     objectives: bool = True
     needs_sigma: bool = False
+    accepts: tuple[str, ...] = ()
+    norms: tuple[Norm, ...] = ("linf", "l2", "l1")
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,45 @@ ATTACKS: dict[str, AttackInfo] = {
         ("steps", "apgd_steps", "queries"),
         objectives=False,
     ),
+    "external": AttackInfo(
+        "safemed_bench.attacks.external:External",
+        "images made elsewhere, by question id: a folder of pictures or .npz files; audited, then shown to the entry",
+        ("path",),
+        objectives=False,
+    ),
 }
+
+
+def _art(name: str, summary: str, *parameters: str, objectives: bool = True) -> AttackInfo:
+    return AttackInfo(
+        f"safemed_bench.attacks.art:{name}",
+        f"{summary} of the Adversarial Robustness Toolbox, one question per call",
+        parameters,
+        objectives,
+        accepts=("answer", "margin") if objectives else (),
+        norms=("linf", "l2"),
+        why=(
+            "ART climbs a function of a classifier's logits, which are the options' scores at the answer position; in "
+            "the L1 ball its steps and projection are approximate and its Square does nothing"
+        ),
+    )
+
+
+ATTACKS |= {
+    "art:FGM": _art("FGM", "FastGradientMethod"),
+    "art:PGD": _art("PGD", "ProjectedGradientDescent", "steps", "restarts", "random_start", "step_size", "rel_step"),
+    "art:MIM": _art("MIM", "MomentumIterativeMethod", "steps", "decay", "rel_step"),
+    "art:APGD": _art("APGD", "AutoProjectedGradientDescent", "steps", "restarts"),
+    "art:Square": _art("Square", "SquareAttack", "queries", "share", objectives=False),
+}
+ART_CLASSES = {
+    "art:FastGradientMethod": "art:FGM",
+    "art:ProjectedGradientDescent": "art:PGD",
+    "art:MomentumIterativeMethod": "art:MIM",
+    "art:AutoProjectedGradientDescent": "art:APGD",
+    "art:SquareAttack": "art:Square",
+}
+"""ART's own names of its attacks, which mean the same as ours."""
 
 _OBJECTIVES = "safemed_bench.attacks.objectives:"
 _TARGETED = "safemed_bench.attacks.targeted:"
@@ -143,6 +187,29 @@ def applies(objective: str, reasons: bool) -> bool:
     return reasons or not only
 
 
+def attack_name(written: str) -> str:
+    """The name an attack is registered by; ART's class names are taken too."""
+    return ART_CLASSES.get(written, written)
+
+
+def accepts(attack: str, objective: str) -> bool:
+    """Whether an attack can climb an objective."""
+    info = ATTACKS.get(attack)
+    return not (info and info.accepts) or objective in info.accepts
+
+
+def unknown_attack(name: str) -> str:
+    """What to say of an attack that there is none of; of one of ART's, why it is not offered."""
+    if not name.startswith("art:"):
+        return f"unknown attack '{name}'.{did_you_mean(name, [*registry.attacks])}"
+    theirs = [known for known in (*ATTACKS, *ART_CLASSES) if known.startswith("art:")]
+    why = "only attacks that were checked to keep each image with its question are offered"
+    if name.removeprefix("art:") in ("AutoAttack", "AA"):
+        why = "ART's AutoAttack reorders its batch and would pair images with the wrong question"
+        return f"unknown attack '{name}': {why}. Use safemed-attack, or art:APGD and art:Square."
+    return f"unknown attack '{name}': {why}.{did_you_mean(name, theirs)}"
+
+
 def needs_objective(attack: str) -> bool:
     """Whether an attack maximises an objective that is named beside it: not if it is a black box, or a cascade that
     brings its own. Raises UsageError for an unknown name."""
@@ -150,9 +217,9 @@ def needs_objective(attack: str) -> bool:
     return info.objectives if info else bool(getattr(registry.attacks.get(attack), "needs_objective", True))
 
 
-def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack | Cascade:
+def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack | Cascade | External:
     """An attack or a cascade from its registered name and parameters. Raises UsageError where one is wrong."""
-    kind = registry.attacks.get(name)
+    kind = registry.attacks.get(attack_name(name))
     parameters = dict(parameters or {})
     known = tuple(getattr(kind, "__dataclass_fields__", parameters))
     for key in parameters:
@@ -161,12 +228,16 @@ def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Atta
     return kind(**parameters)
 
 
-def build_strike(attack: str, objective: str, parameters: Mapping[str, Any] | None = None) -> Stage | Cascade:
-    """What a cell does: an attack with its objective ("" for a black box), or a cascade; both are called alike."""
-    from .cascade import Cascade, Stage
+def build_strike(
+    attack: str, objective: str, parameters: Mapping[str, Any] | None = None
+) -> Stage | Cascade | External:
+    """What a cell does: an attack with its objective ("" for a black box), a cascade, or images made elsewhere; all are
+    called alike."""
+    from .base import Attack
+    from .cascade import Stage
 
     built = build_attack(attack, parameters)
-    return built if isinstance(built, Cascade) else Stage(built, objective)
+    return Stage(built, objective) if isinstance(built, Attack) else built
 
 
 def build_objective(name: str) -> Objective:

@@ -65,6 +65,7 @@ class AttackResult:
     start_loss: (B,) loss of the first iterate. final_loss: (B,) loss of the iterate behind `adversarial`. NaN if
     not attacked. dead_gradients: (B,) steps whose gradient was all zero or not finite.
     extra: per question, the objective's notes and `suspected`, the first iterate that the surrogate held for wrong.
+    problems: per question, why there is no verdict on it, "" for none; () where nothing can be wrong.
     """
 
     adversarial: Tensor
@@ -82,6 +83,7 @@ class AttackResult:
     final_loss: Tensor
     dead_gradients: Tensor
     extra: tuple[dict[str, Any], ...]
+    problems: tuple[str, ...] = ()
 
     def trace(self, index: int) -> tuple[float, ...]:
         """The losses of one question, without the gaps."""
@@ -141,7 +143,7 @@ class Attack(ABC):
         chosen, answers = batch.select(places), [clean_answers[i] for i in places]
 
         def verdict(rows: Tensor, images: Tensor) -> list[Answer]:
-            return _verdict(model, chosen.select(rows), images.float() / 255)
+            return deployed_verdict(model, chosen.select(rows), images.float() / 255)
 
         with frozen(model):
             prepared = self.surrogate(objective.prepare(model, chosen, answers), model, [generators[i] for i in places])
@@ -172,7 +174,7 @@ class Attack(ABC):
         return Maximum(project(threat, pursuit.peak_delta, clean), pursuit.dead)
 
 
-def _verdict(model: VisionLanguageModel, batch: Batch, pixels: Tensor) -> list[Answer]:
+def deployed_verdict(model: VisionLanguageModel, batch: Batch, pixels: Tensor) -> list[Answer]:
     """The deployed path; of a randomised model wrong only where `DRAWS` draws all are, so that no attack ends with the
     first lucky one."""
     answers = model.answer(batch, pixels, generator=_own_stream(0))

@@ -19,6 +19,7 @@ from ..core.types import Answer
 from ..models.answers import split_at_letter
 from ..models.base import Batch, Text, VisionLanguageModel
 from .base import Objective, Prepared, Reading
+from .pursuit import Scored
 from .slots import Slot, find_slot
 
 
@@ -37,7 +38,7 @@ def _margin(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Letter(Prepared):
+class _Letter(Scored):
     """The true letter right after `text` (None: the model's own answer prefix)."""
 
     model: VisionLanguageModel
@@ -47,12 +48,16 @@ class _Letter(Prepared):
     extra: tuple[dict[str, Any], ...] = ()
 
     def __call__(self, pixels: Tensor) -> Reading:
-        scores = _at_least_float32(self.model.option_logits(self.batch, pixels, self.text))
+        scores = self.scores(pixels)
         targets = self.batch.targets.to(scores.device)
-        suspects = scores.detach().argmax(dim=1) != targets
+        return Reading(self.loss_of(scores, targets), scores.detach().argmax(dim=1) != targets)
+
+    def scores(self, pixels: Tensor) -> Tensor:
+        return _at_least_float32(self.model.option_logits(self.batch, pixels, self.text))
+
+    def loss_of(self, scores: Tensor, targets: Tensor) -> Tensor:
         # Cross-entropy among the options that exist; -inf elsewhere adds nothing to it.
-        loss = _margin(scores, targets) if self.margin else cross_entropy(scores, targets, reduction="none")
-        return Reading(loss, suspects)
+        return _margin(scores, targets) if self.margin else cross_entropy(scores, targets, reduction="none")
 
     def select(self, rows: Tensor) -> _Letter:
         text = _pick(self.text, rows) if self.text is not None else None

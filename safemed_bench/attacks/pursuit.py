@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.errors import UsageError
 from ..core.types import Answer, ThreatModel
 from .threat import quantize
 
@@ -44,6 +45,18 @@ class Prepared(ABC):
         return self
 
 
+class Scored(Prepared):
+    """An objective that is a function of the options' scores alone, as a classifier's loss is of its logits."""
+
+    @abstractmethod
+    def scores(self, pixels: Tensor) -> Tensor:
+        """(B, K) differentiable, -inf where there is no option."""
+
+    @abstractmethod
+    def loss_of(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """(B,) of (B, K) scores and (B,) true options."""
+
+
 Score = Callable[[Answer, int], float]
 """What a black box sees of an answer, given the true option; higher is worse for the model."""
 
@@ -73,7 +86,7 @@ class Pursuit:
     ) -> None:
         self.clean, self.canvas, self.threat = clean, canvas, threat
         self.generators, self.costly = tuple(generators), costly
-        self._objective, self._verdict, self._targets = objective, verdict, tuple(targets)
+        self._objective, self._verdict, self.targets = objective, verdict, tuple(targets)
         self._active: tuple[Tensor, Prepared] = (self.rows(), objective)
         self._turns, self._restart = objective, -1
         count, on = len(clean), clean.device
@@ -127,6 +140,18 @@ class Pursuit:
         self._note(rows, reading, gradient)
         return reading, slope
 
+    def scored(self, rows: Tensor) -> Scored:
+        """The objective of `rows`, for an attack that brings its own loop and `spend`s what it takes."""
+        prepared = self._objective.select(rows)
+        if not isinstance(prepared, Scored):
+            raise UsageError("this attack climbs the options' scores: its objective must be answer or margin")
+        return prepared
+
+    def spend(self, row: int, *, forwards: int = 0, backwards: int = 0) -> None:
+        """Count passes that were not made by `read`."""
+        self.forwards[row] += forwards
+        self.backwards[row] += backwards
+
     def _at(self, rows: Tensor) -> Prepared:
         held, prepared = self._active
         if not torch.equal(held, rows):
@@ -174,7 +199,7 @@ class Pursuit:
         stand. Remembers what `verify` does. Raises ValueError where there is no deployed path to ask.
         """
         images, answers = self._ask(rows, delta)
-        scores = [score(answer, self._targets[row]) for answer, row in zip(answers, rows.tolist(), strict=True)]
+        scores = [score(answer, self.targets[row]) for answer, row in zip(answers, rows.tolist(), strict=True)]
         loss = torch.tensor(scores, dtype=self.final_loss.dtype, device=rows.device)
         self.start_loss[rows] = torch.where(self.verdicts[rows] == 1, loss, self.start_loss[rows])
         self._judge(rows, images, answers, loss)
@@ -189,7 +214,7 @@ class Pursuit:
 
     def _judge(self, rows: Tensor, images: Tensor, answers: Sequence[Answer], loss: Tensor) -> None:
         for place, row in enumerate(rows.tolist()):
-            fooled = answers[place].index != self._targets[row]
+            fooled = answers[place].index != self.targets[row]
             if fooled or self.answers[row] is None or loss[place] > self.final_loss[row]:
                 self.answers[row], self.images[row] = answers[place], images[place]
                 self.final_loss[row], self.success[row] = loss[place], fooled

@@ -132,7 +132,8 @@ class Bench:
         for k, (result, place) in enumerate(results):
             measured = artefacts.measure(scene.canvas[k], deltas[k], scene.threat)
             same = np.array_equal(scene.canvas[k] + deltas[k], adversarial[k])
-            if problem := measured.problem or ("" if same else NOT_JUDGED):
+            told = result.problems[place] if result.problems else ""
+            if problem := told or measured.problem or ("" if same else NOT_JUDGED):
                 records.append(scene.record(k, error=problem, artefact=f"{name}#{k}"))
                 continue
             values = _verdict(scene, k, final[k]) | _effort(result, place)

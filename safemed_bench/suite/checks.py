@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ..core.errors import Problem, UsageError, did_you_mean
+from ..core.errors import DataError, Problem, UsageError, did_you_mean
 from .document import Document, Key
 from .schema import ConditionSpec, GateRule, Suite
 from .values import check_sigma
@@ -121,6 +122,7 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
         found = (
             *_scope_problems(condition, suite),
             *_attack_problems(condition),
+            *_limit_problems(condition, suite),
             *_noise_problems(condition, suite),
             *_certify_problems(condition, suite),
         )
@@ -145,13 +147,13 @@ def _phantom_problem(parameters: dict[str, Any]) -> str:
 
 
 def _attack_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
-    from ..attacks import ATTACKS, needs_objective
+    from ..attacks import ATTACKS, accepts, needs_objective, unknown_attack
     from ..core import registry
 
     if condition.attack is None:
         return
     if condition.attack not in registry.attacks:
-        yield ("attack",), _unknown("attack", condition.attack, [*registry.attacks])
+        yield ("attack",), unknown_attack(condition.attack)
     elif condition.attack in ATTACKS:  # a plugin's parameters are checked when it is built
         known = ATTACKS[condition.attack].parameters
         for key in condition.parameters:
@@ -166,6 +168,38 @@ def _attack_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
         for j, name in enumerate(condition.objectives):
             if name not in registry.objectives:
                 yield ("objectives", j), _unknown("objective", name, [*registry.objectives])
+            elif not accepts(condition.attack, name):
+                info = ATTACKS[condition.attack]
+                takes = " or ".join(info.accepts)
+                yield ("objectives", j), f"attack '{condition.attack}' takes {takes}, not {name}: {info.why}"
+
+
+def _limit_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
+    """A norm that the attack does not have, a package that is not there, images that cannot be used."""
+    from ..attacks import ATTACKS
+
+    info = ATTACKS.get(condition.attack or "")
+    if info is None:
+        return
+    if suite.threat.norm not in info.norms:
+        has = " and ".join(info.norms)
+        yield ("attack",), f"attack '{condition.attack}' works in {has}, not in {suite.threat.norm}: {info.why}"
+    if (condition.attack or "").startswith("art:") and find_spec("art") is None:
+        yield ("attack",), f"'{condition.attack}' needs a package: pip install adversarial-robustness-toolbox"
+    if condition.attack == "external":
+        yield from _external_problems(condition)
+
+
+def _external_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
+    from ..attacks.supplied import open_supplied
+
+    if not isinstance(path := condition.params.get("path"), str):
+        yield ("attack",), "needs `params: {path: ...}`: a folder of pictures named by question id, or an .npz file"
+        return
+    try:
+        open_supplied(path)
+    except DataError as error:
+        yield ("params", "path"), str(error)
 
 
 def _noise_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..attacks import attack_name
 from ..core.errors import did_you_mean
 from .values import Count, Number, Text, check_sigma
 
@@ -93,6 +94,11 @@ class ConditionSpec(Part):
                 raise ValueError("a condition is a word, or a mapping with `attack` or `certify`: the name of one")
             return {"kind": found[0], **value}
         return value
+
+    @field_validator("attack")
+    @classmethod
+    def _one_name(cls, value: str | None) -> str | None:
+        return value if value is None else attack_name(value)
 
     @field_validator("models", mode="before")
     @classmethod

@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..attacks import CODE_VERSION as ATTACK_VERSION
-from ..attacks import applies, needs_objective, standard_objectives
+from ..attacks import accepts, applies, needs_objective, standard_objectives
+from ..attacks.supplied import open_supplied
 from ..certify import CODE_VERSION as CERTIFY_VERSION
 from ..core import registry
 from ..core.errors import UsageError
@@ -157,10 +158,22 @@ def build_plan(
             cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
     if twice := _repeated(cell.name for cell in cells):
         raise UsageError(f"the suite gives two cells the name {twice}; give one condition another `name`")
+    said += _missing_images(cells, questions)
     donors = choose_donors(questions, suite.run.seed)
     running = dtype or suite.run.dtype
     chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
     return Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+
+
+def _missing_images(cells: Sequence[Cell], questions: Sequence[Question]) -> list[str]:
+    """A note for each set of images made elsewhere that lacks some of the questions."""
+    notes = {}
+    for condition in (cell.condition for cell in cells if cell.condition.attack == "external"):
+        supplied = open_supplied(path := dict(condition.params)["path"])
+        if missing := [q.id for q in questions if q.id not in supplied]:
+            named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            notes[path] = f"{path} has no image for {len(missing)} of {len(questions)} questions: {named}"
+    return list(notes.values())
 
 
 def conditions_for(
@@ -195,7 +208,12 @@ def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str
     if not needs_objective(spec.attack or ""):
         objectives = ("",)
     elif isinstance(spec.objectives, str):
-        objectives = standard_objectives(card.reasons, strong=spec.objectives == "strong")
+        standard = standard_objectives(card.reasons, strong=spec.objectives == "strong")
+        objectives = tuple(name for name in standard if accepts(spec.attack or "", name))
+        if not objectives:
+            notes.append(f"{card.name} is not attacked by {spec.label}: it can climb no {spec.objectives} objective")
+        elif left_out := [name for name in standard if name not in objectives]:
+            notes.append(f"{spec.label} cannot climb {', '.join(left_out)}: {card.name} is attacked without")
     else:
         objectives = tuple(name for name in spec.objectives if applies(name, card.reasons))
         if left_out := [name for name in spec.objectives if name not in objectives]:
@@ -294,12 +312,15 @@ def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
 
 
 def _plugin_sources(condition: Condition) -> list[str]:
-    """Hashes of attack, objective or certifier where these are plugins, which CODE_VERSIONS knows nothing of."""
+    """Hashes of attack, objective or certifier where these are plugins, and of images made elsewhere: CODE_VERSIONS
+    knows nothing of them."""
     if condition.certifier:
         source = registry.certifiers.source(condition.certifier)
         return [source] if source else []
     if not condition.attack:
         return []
+    if condition.attack == "external":  # another folder's images, or other ones in the same folder, are other work
+        return [open_supplied(dict(condition.params)["path"]).digest()]
     sources = [registry.attacks.source(condition.attack)]
     sources += [registry.objectives.source(condition.objective)] if condition.objective else []
     return sources if any(sources) else []

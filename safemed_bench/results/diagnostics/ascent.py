@@ -86,7 +86,7 @@ def convergence(verdicts: Verdicts) -> Diagnostic | None:
         late = pd.Series([_late_gain(trace, restarts) for trace in rows["loss_trace"]], index=rows.index).dropna()
         if len(late) >= 2:
             images = pd.Series(verdicts.images, index=verdicts.questions.index).reindex(late.index)
-            estimate = mean(late.to_numpy(dtype=np.float64), images.to_numpy(dtype=np.intp))
+            estimate = mean(np.asarray(late, dtype=float), images.to_numpy(dtype=np.intp))
             low = estimate.value if np.isnan(estimate.low) else estimate.low
             found.append((low, estimate.value, len(late), condition.name))
     if not found:

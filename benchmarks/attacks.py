@@ -1,0 +1,433 @@
+"""Attacks side by side with ART, Foolbox and torchattacks: `python benchmarks/attacks.py [--quick] [--json]`.
+
+One process, the same questions, objective (the answer token's cross-entropy), eps, steps and restarts, and one judge:
+the deployed path on the 8-bit image. Each peer climbs our module, and the stock Hugging Face module as a user would
+wrap it (the whole LM head, no batched vision path). Rounds take turns, so that whatever else the machine does falls on
+all. Seconds include the judge. The peers get a whole batch wherever they keep its order; the modules refuse any batch
+but their own, so that none is measured on images paired with other images' questions.
+
+`same_verdicts`: the peer leaves the same questions standing as we do (random starts differ, so few may not agree). A
+second table, strength, holds `safemed-attack` against what each peer has, at about as many gradient steps and queries a
+question. Work per step is in forward passes' FLOPs, of the question that is stepped; the judge is not in it.
+
+The peers, which nothing else needs: `pip install --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy`, and for Foolbox
+`pip install requests GitPython`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from safemed_bench.attacks import build_objective, build_strike
+from safemed_bench.attacks.base import AttackResult, frozen
+from safemed_bench.attacks.cascade import SafeMedAttack
+from safemed_bench.attacks.pursuit import Scored
+from safemed_bench.attacks.threat import project, quantize
+from safemed_bench.core.types import ThreatModel
+from safemed_bench.datasets import load
+from safemed_bench.datasets.images import load_canvas
+from safemed_bench.models import load_model
+from safemed_bench.models.base import Batch
+from safemed_bench.models.loading import load_weights
+from safemed_bench.suite.schema import DataSpec, ModelSpec
+
+SIDE = 64
+PACKAGES = ("art", "foolbox", "torchattacks")
+ABSENT = -1e4
+"""Score of an option that is not there; the peers cannot take -inf."""
+
+Clock = Callable[[], float]
+Way = Callable[[], Tensor]
+"""An attack and its judge: (n,) bool, which questions still stand."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """questions: attacked ones, all answered rightly. strength: of these, in the second table. queries: of Square."""
+
+    questions: int
+    strength: int
+    steps: int
+    restarts: int
+    apgd_steps: int
+    queries: int
+    rounds: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """ours, theirs: seconds of each round, and the questions that stand at the end."""
+
+    name: str
+    ours: Sequence[float]
+    ours_robust: Tensor
+    peer: str
+    theirs: Sequence[float]
+    theirs_robust: Tensor
+
+    def row(self) -> dict[str, Any]:
+        ours, peer = statistics.median(self.ours), statistics.median(self.theirs)
+        return {
+            "name": self.name,
+            "ours_s": round(ours, 4),
+            "peer": self.peer,
+            "peer_s": round(peer, 4),
+            "ratio": round(peer / ours, 2),
+            "ours_robust": round(float(self.ours_robust.float().mean()), 4),
+            "peer_robust": round(float(self.theirs_robust.float().mean()), 4),
+            "n": len(self.ours_robust),
+            "same_verdicts": torch.equal(self.ours_robust, self.theirs_robust),
+        }
+
+
+class Module(nn.Module):
+    """(n, 3, H, W) pixels to (n, K) scores of the same n questions, in their order. Refuses any other number."""
+
+    def __init__(self, prepared: Scored, batch: Batch) -> None:
+        super().__init__()
+        self.prepared, self.count = prepared, len(batch)
+        self.options = max(len(q.options) for q in batch.questions)
+        self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)  # torchattacks looks for the device here
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if len(pixels) != self.count:
+            raise ValueError(f"{len(pixels)} images for {self.count} questions")
+        return self.prepared.scores(pixels.float()).clamp_min(ABSENT)
+
+
+class Bench:
+    """One entry and `size.questions` questions that it answers rightly, also by the scores that are climbed."""
+
+    def __init__(self, entry: str, size: Size, clock: Clock) -> None:
+        self.size, self.clock, self.threat = size, clock, ThreatModel("linf", size.eps)
+        self.vlm: Any = load_model(ModelSpec(name=entry), SIDE, device="cpu")
+        questions = load(DataSpec(name="phantom", per_modality=max(2, -(-size.questions // 4)))).questions
+        canvas = [torch.from_numpy(load_canvas(Path(q.image), SIDE)).permute(2, 0, 1) for q in questions]
+        batch = self.vlm.prepare(questions, torch.stack(canvas))
+        answers = self.vlm.answer(batch, batch.pixels)
+        right = [i for i, (a, q) in enumerate(zip(answers, questions, strict=True)) if a.index == q.answer]
+        chosen, own = batch.select(right), [answers[i] for i in right]
+        with torch.no_grad():
+            suspects = self.prepared(self.vlm, chosen, own)(chosen.pixels).suspects
+        keep = spread((~suspects).nonzero().flatten().tolist(), size.questions)
+        self.batch: Batch = chosen.select(keep)
+        self.answers = [own[i] for i in keep]
+        self.targets, self.pixels = self.batch.targets, self.batch.pixels
+        stock = copy.copy(self.vlm)  # the same prompts and pixel map around a model that nothing was changed in
+        stock.model, stock._head_on_slice = load_weights(self.vlm.card, torch.device("cpu"), "fp32"), False
+        self.modules = {
+            "our module": Module(self.prepared(self.vlm, self.batch, self.answers), self.batch).eval(),
+            "stock module": Module(self.prepared(stock, self.batch, self.answers), self.batch).eval(),
+        }
+
+    @staticmethod
+    def prepared(vlm: Any, batch: Batch, answers: Sequence[Any]) -> Scored:
+        found = build_objective("answer").prepare(vlm, batch, answers)
+        assert isinstance(found, Scored)
+        return found
+
+    def standing(self, images: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """The judge: quantised into the ball, then the deployed path."""
+        batch = self.batch if rows is None else self.batch.select(rows)
+        clean = batch.pixels
+        delta = project(self.threat, images.detach().float() - clean, clean)
+        shown = quantize(self.threat, batch.canvas, clean + delta).float() / 255
+        found = self.vlm.answer(batch, shown)
+        return torch.tensor([a.index == q.answer for a, q in zip(found, batch.questions, strict=True)])
+
+    def strike(self, attack: str, objective: str, rows: Sequence[int] | None = None, **parameters: Any) -> AttackResult:
+        """One of ours, or of ART's through our plugin (one question per call)."""
+        places = list(range(len(self.batch))) if rows is None else list(rows)
+        return build_strike(attack, objective, parameters)(
+            self.vlm,
+            self.batch.select(places),
+            self.threat,
+            generators=[torch.Generator().manual_seed(i) for i in places],
+            clean_answers=[self.answers[i] for i in places],
+        )
+
+    # -- speed -----------------------------------------------------------------------------------------------------
+
+    def speed(self) -> tuple[list[Case], dict[str, float]]:
+        """A case for each attack, peer and module; and the work of one step of each, in forward passes."""
+        cases, size = [], self.size
+        work = {"safemed-bench PGD": self.own_work()}
+        settings = {
+            "pgd": (f"PGD-{size.steps} x {size.restarts}", size.steps, size.restarts, PACKAGES),
+            "apgd": (f"APGD-{size.apgd_steps}", size.apgd_steps, 1, ("art", "torchattacks")),
+        }  # fmt: skip
+        for attack, (label, steps, restarts, peers) in settings.items():
+            ways: dict[str, Way] = {
+                "ours": lambda a=attack, s=steps, r=restarts: ~self.strike(a, "answer", steps=s, restarts=r).success
+            }
+            for peer in peers:
+                for shown, module in self.modules.items():
+                    make = PEERS[peer, attack]
+                    ways[f"{peer}, {shown}"] = lambda m=module, f=make, s=steps, r=restarts: self.judged(f, m, s, r)
+            seconds, stand = timed(ways, size.rounds, self.clock)
+            cases += [
+                Case(f"{self.vlm.name} {label}", seconds["ours"], stand["ours"], way, seconds[way], stand[way])
+                for way in ways
+                if way != "ours"
+            ]
+        for peer in PACKAGES:
+            work[f"{peer} PGD"] = self.peer_work(PEERS[peer, "pgd"])
+        return cases, work
+
+    def judged(self, make: Any, module: Module, steps: int, restarts: int) -> Tensor:
+        """Stands if it does on each image that the peer gives."""
+        with frozen(self.vlm):
+            images = make(module, self.pixels, self.targets, self.size.eps, steps, restarts)
+        return torch.stack([self.standing(image) for image in images]).all(dim=0)
+
+    def flops(self, work: Callable[[], Any]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return float(counter.get_total_flops())
+
+    def one_forward(self) -> float:
+        """FLOPs of one forward pass of all questions through our module."""
+        with torch.no_grad():
+            return self.flops(lambda: self.modules["our module"](self.pixels))
+
+    def own_work(self) -> float:
+        """All passes of ours over all steps of ours: what was dropped from the batch is in neither."""
+
+        def step() -> None:
+            pixels = self.pixels.clone().requires_grad_()
+            torch.autograd.grad(self.modules["our module"](pixels).sum(), pixels)
+
+        with frozen(self.vlm):
+            both = self.flops(step) / self.one_forward()
+        result = self.strike("pgd", "answer", steps=self.size.steps)
+        forwards, steps = int(result.forwards.sum()), int(result.backwards.sum())
+        return (forwards + (both - 1) * steps) / steps
+
+    def peer_work(self, make: Any) -> float:
+        """Parameters ask for gradients, as they do in a module that nobody froze."""
+        module, steps = self.modules["our module"], self.size.steps
+        parameters = [*self.vlm.model.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            spent = self.flops(lambda: make(module, self.pixels, self.targets, self.size.eps, steps, 1))
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        return spent / self.one_forward() / steps
+
+    # -- strength --------------------------------------------------------------------------------------------------
+
+    def strength(self) -> list[dict[str, Any]]:
+        """Robust accuracy of the first `size.strength` questions, with passes a question."""
+        size, rows = self.size, list(range(min(self.size.strength, len(self.batch))))
+        ours = SafeMedAttack()
+        stages = ours.stages(self.vlm.reasons)
+        budget = sum(getattr(s.attack, "steps", 1) * getattr(s.attack, "restarts", 1) for s in stages[:-1])
+        mine = self.strike("safemed-attack", "", rows, queries=size.queries)
+        found = {f"safemed-attack ({budget} steps, {size.queries} queries at most)": ~mine.success}
+        half = budget // 2
+        parts = [
+            self.strike("art:APGD", "answer", rows, steps=half),
+            self.strike("art:APGD", "margin", rows, steps=half),
+            self.strike("art:Square", "", rows, queries=size.queries),
+        ]
+        standing = torch.stack([~p.success for p in parts]).all(dim=0)
+        found[f"ART APGD-CE + APGD-margin ({half} steps each) + Square"] = standing
+        found[f"torchattacks AutoAttack's parts ({half} steps each) + Square"] = self.auto_attack(rows, half)
+        restarts = max(budget // size.steps, 1)
+        images = foolbox_pgd(self.modules["our module"], self.pixels, self.targets, size.eps, size.steps, restarts)
+        images += foolbox_fgsm(self.modules["our module"], self.pixels, self.targets, size.eps)
+        every = torch.stack([self.standing(image) for image in images]).all(dim=0)
+        found[f"Foolbox PGD-{size.steps} x {restarts} + FGSM"] = every[rows]
+        return [
+            {"entry": self.vlm.name, "attack": name, "robust": round(float(s.float().mean()), 4), "n": len(rows),
+             "only_it_fools": int((found_by_none_else(found, name) & ~s).sum())}
+            for name, s in found.items()
+        ]  # fmt: skip
+
+    def auto_attack(self, rows: Sequence[int], steps: int) -> Tensor:
+        """One question per call: its MultiAttack sends on the images that still stand, without their questions.
+
+        APGD-T and its DLR loss need four options; questions with fewer get APGD-CE and Square.
+        """
+        import torchattacks
+
+        stand = []
+        for row in rows:
+            one, target = self.pixels[row : row + 1], self.targets[row : row + 1]
+            batch = self.batch.select([row])
+            module = Module(self.prepared(self.vlm, batch, [self.answers[row]]), batch).eval()
+            count = len(batch.questions[0].options)
+            attacks = [torchattacks.APGD(module, eps=self.size.eps, steps=steps, loss="ce")]
+            if count >= 4:
+                attacks.append(torchattacks.APGDT(module, eps=self.size.eps, steps=max(steps // 3, 1), n_classes=count))
+            attacks.append(torchattacks.Square(module, eps=self.size.eps, n_queries=self.size.queries))
+            with frozen(self.vlm):
+                stand.append(all(bool(self.standing(attack(one, target), [row])) for attack in attacks))
+        return torch.tensor(stand)
+
+
+def found_by_none_else(found: dict[str, Tensor], name: str) -> Tensor:
+    """(n,) questions that every other attack leaves standing."""
+    return torch.stack([stand for other, stand in found.items() if other != name]).all(dim=0)
+
+
+def spread(places: Sequence[int], count: int) -> list[int]:
+    """`count` of the places, evenly, so that all modalities are there."""
+    return [places[i * len(places) // count] for i in range(count)] if len(places) > count else list(places)
+
+
+def timed(ways: dict[str, Way], rounds: int, clock: Clock) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """Seconds of every round, the ways taking turns, and what each found in the last one."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    stand = {}
+    for number in range(rounds):
+        torch.manual_seed(number)  # the peers draw from the global streams
+        np.random.seed(number)
+        for name, way in ways.items():
+            began = clock()
+            stand[name] = way()
+            seconds[name].append(clock() - began)
+    return seconds, stand
+
+
+# -- peers: (module, pixels, targets, eps, steps, restarts) to images, all of which count
+
+
+def art_classifier(module: Module) -> Any:
+    from art.estimators.classification import PyTorchClassifier
+
+    return PyTorchClassifier(
+        module, loss=nn.CrossEntropyLoss(), input_shape=(3, SIDE, SIDE), nb_classes=module.options, clip_values=(0, 1),
+        device_type="cpu",
+    )  # fmt: skip
+
+
+def art_pgd(module: Module, pixels: Tensor, targets: Tensor, eps: float, steps: int, restarts: int) -> list[Tensor]:
+    from art.attacks.evasion import ProjectedGradientDescent
+
+    attack = ProjectedGradientDescent(
+        art_classifier(module), eps=eps, eps_step=2.5 * eps / steps, max_iter=steps, num_random_init=restarts,
+        batch_size=len(pixels), verbose=False,
+    )  # fmt: skip
+    return [torch.from_numpy(attack.generate(pixels.numpy(), targets.numpy()))]
+
+
+def art_apgd(module: Module, pixels: Tensor, targets: Tensor, eps: float, steps: int, restarts: int) -> list[Tensor]:
+    """One restart: a second one would pair what still stands with the wrong questions."""
+    from art.attacks.evasion import AutoProjectedGradientDescent
+
+    classifier = art_classifier(module)
+    # It asks with one image whether these are probabilities, which `module` would refuse.
+    classifier.predict = lambda x: np.full((1, module.options), -1.0)
+    attack = AutoProjectedGradientDescent(
+        classifier, eps=eps, eps_step=2 * eps, max_iter=steps, nb_random_init=restarts,
+        batch_size=len(pixels), loss_type="cross_entropy", verbose=False,
+    )  # fmt: skip
+    return [torch.from_numpy(attack.generate(pixels.numpy(), targets.numpy()))]
+
+
+def foolbox_pgd(module: Module, pixels: Tensor, targets: Tensor, eps: float, steps: int, restarts: int) -> list[Tensor]:
+    import foolbox
+
+    attack = foolbox.attacks.LinfPGD(rel_stepsize=2.5 / steps, steps=steps).repeat(restarts)
+    return [attack(foolbox.PyTorchModel(module, bounds=(0, 1), device="cpu"), pixels, targets, epsilons=eps)[1]]
+
+
+def foolbox_fgsm(module: Module, pixels: Tensor, targets: Tensor, eps: float) -> list[Tensor]:
+    import foolbox
+
+    model = foolbox.PyTorchModel(module, bounds=(0, 1), device="cpu")
+    return [foolbox.attacks.LinfFastGradientAttack()(model, pixels, targets, epsilons=eps)[1]]
+
+
+def torchattacks_pgd(
+    module: Module, pixels: Tensor, targets: Tensor, eps: float, steps: int, restarts: int
+) -> list[Tensor]:
+    import torchattacks
+
+    attack = torchattacks.PGD(module, eps=eps, alpha=2.5 * eps / steps, steps=steps)
+    return [attack(pixels, targets) for _ in range(restarts)]
+
+
+def torchattacks_apgd(
+    module: Module, pixels: Tensor, targets: Tensor, eps: float, steps: int, restarts: int
+) -> list[Tensor]:
+    import torchattacks
+
+    return [torchattacks.APGD(module, eps=eps, steps=steps, n_restarts=restarts, loss="ce")(pixels, targets)]
+
+
+PEERS: dict[tuple[str, str], Any] = {
+    ("art", "pgd"): art_pgd,
+    ("art", "apgd"): art_apgd,
+    ("foolbox", "pgd"): foolbox_pgd,
+    ("torchattacks", "pgd"): torchattacks_pgd,
+    ("torchattacks", "apgd"): torchattacks_apgd,
+}
+
+
+def table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
+    width = {c: max(len(c), *(len(str(row[c])) for row in rows)) for c in columns}
+    lines = ["  ".join(f"{c:<{width[c]}}" for c in columns)]
+    return "\n".join(lines + ["  ".join(f"{row[c]!s:<{width[c]}}" for c in columns) for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--entry", action="append", help="default: sft and safemed-r1")
+    parser.add_argument("--quick", action="store_true", help="sft, 8 questions, PGD-10 x 2, one round: under a minute")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the tables on stderr")
+    parser.add_argument("--questions", type=int, help="attacked; default 32, and 8 with --quick")
+    parser.add_argument("--rounds", type=int, help="default 5, and 1 with --quick")
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds, for a machine that is not idle")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    quick = given.quick
+    count = given.questions or (8 if quick else 32)
+    pgd, rest = ((10, 2), (10, 20, 1)) if quick else ((40, 5), (50, 500, 5))
+    size = Size(count, 2 if quick else count, *pgd, rest[0], rest[1], given.rounds or rest[2], 4 / 255)
+    clock = time.process_time if given.cpu_time else time.perf_counter
+    cases, works, strengths = [], {}, []
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for entry in given.entry or (["sft"] if quick else ["sft", "safemed-r1"]):
+            bench = Bench(entry, size, clock)
+            found, works[entry] = bench.speed()
+            cases += [case.row() for case in found]
+            strengths += [] if quick else bench.strength()
+    print(f"eps 4/255, one thread, median of {size.rounds}", file=sys.stderr if given.json else sys.stdout)
+    tables = [table(cases, [*cases[0]])]
+    tables += [table(strengths, [*strengths[0]])] if strengths else []
+    tables += [
+        f"{entry}: forward passes a step: { {k: round(v, 2) for k, v in w.items()} }" for entry, w in works.items()
+    ]
+    print("\n\n".join(tables), file=sys.stderr if given.json else sys.stdout)
+    if given.json:
+        print(json.dumps({"cases": cases, "strength": strengths, "forwards_per_step": works}))
+
+
+if __name__ == "__main__":
+    main()
