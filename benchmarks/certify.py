@@ -275,9 +275,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     few = given.quick
-    size = Size(
-        1 if few else 4, given.samples or (256 if few else 2000), 5 if few else 20, 1 if few else 3, given.batch_size
-    )
+    size = Size(1 if few else 4, given.samples or (256 if few else 2000), 5 if few else 20, 3, given.batch_size)
     clock = time.process_time if given.cpu_time else time.perf_counter
     cases: list[Case] = []
     facts: list[dict[str, Any]] = []
