@@ -248,7 +248,7 @@ def test_every_inner_objective_attacks_inside_the_trainer(objective, rollouts, s
     eps = found.log["attack/eps"]
     assert eps == pytest.approx(1 / 255) and 0.5 * eps < float(delta.abs().max()) <= eps * (1 + 1e-4)
     assert found.log["attack/dead_gradients"] == float(objective in ("rollout_nll", "advantage"))
-    assert torch.equal(found.images[:, -1], prompts.images["adversarial"] + prompts.noise)
+    assert torch.equal(found.images[:, -1], (prompts.images["adversarial"] + prompts.noise).clamp(0, 1))
 
 
 def test_attacked_rows_are_spread_over_all_processes():

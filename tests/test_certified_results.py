@@ -153,7 +153,7 @@ def test_certified_numbers_have_a_table_of_their_own(summary: dict[str, Any]) ->
     assert labels[:4] == [
         "n",
         "certified L2 0.25 (0.58/255)",
-        "certified L2 0.5 (1.1/255)",
+        "certified L2 0.5 (1.2/255)",
         "certified L2 1 (2.3/255) sigma=0.5",
     ]
     assert not any("linf" in label.lower() for label in labels)

@@ -43,6 +43,9 @@ CODE_VERSIONS: Mapping[str, int] = {
 """Versions of the code behind a record. Raise one whenever a change to that part can change a record."""
 
 
+LEAST_CHUNK = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """What is done to the image before a question is asked; `name` is how tables and records call it.
@@ -239,8 +242,9 @@ def _chunks(
     for question in asked(questions, cell.condition):
         donor = by_id[donors[question.id]] if cell.condition.kind == "shuffled" else None
         units.append(_unit(cell, shared, suite.run.seed, question, donor))
-    # a certificate is hundreds of answers: smaller chunks keep all workers busy to the end
-    size = -(-suite.run.chunk // 4) if cell.condition.kind == "certify" else suite.run.chunk
+    size = suite.run.chunk
+    if cell.condition.kind == "certify":  # hundreds of answers each: smaller chunks keep all workers busy to the end
+        size = min(size, max(LEAST_CHUNK, size // 4))
     for index, start in enumerate(range(0, len(units), size)):
         yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[start : start + size]))
 
