@@ -173,7 +173,7 @@ def unseen_success(verdicts: Verdicts) -> Diagnostic | None:
         if not is_gradient_attack(verdicts, condition):
             continue
         rows = rows_of(verdicts, condition.name)
-        rows = rows[(rows["correct"] == 0) & (rows["clean_correct"] == 1)] if not rows.empty else rows
+        rows = rows[(rows["correct"] == 0) & (rows["steps"] > 0)] if not rows.empty else rows
         if len(rows):
             estimate = share(rows["suspected"].isna(), verdicts)
             found.append((estimate.low, estimate, condition))
