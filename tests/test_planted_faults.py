@@ -38,7 +38,7 @@ MODELS = {
     "sightless": "image-reliance",
 }
 ATTACKS: dict[str, tuple[dict[str, Any], str]] = {
-    "small ball": ({"attack": "normalised_eps", "steps": 10}, "iterative-not-weaker-than-fgsm"),
+    "small ball": ({"attack": "normalised_eps", "steps": 10}, "budget-used"),
     "large ball": ({"attack": "unscaled_eps"}, "constraint-audit"),
     "clamped": ({"attack": "normalised_clamp"}, "zero-eps-equals-clean"),
     "lost": ({"attack": "forgetful", "steps": 20}, "iterative-not-weaker-than-fgsm"),
@@ -68,18 +68,18 @@ def plan_of(dataset: Dataset, level: str) -> Plan:
         {
             "name": "faults",
             "data": {"resolution": SIDE},
-            "threat": {"eps": [16 / 255]},
+            "threat": {"eps": [8 / 255]},
             "models": [*honest, *({"name": name, "entry": "toy"} for name in ATTACKS)],
             "conditions": [
                 "clean",
                 "blank",
                 "noise",
                 {"attack": "fgsm", "objectives": ["answer"]},
-                {"attack": "pgd", "steps": 10, "models": honest},
+                {"attack": "pgd", "steps": 10, "objectives": "strong", "models": honest},
                 {"attack": "square", "params": {"queries": 20}, "models": list(SOUND)},
                 *(spec | {"models": [name]} for name, (spec, _) in ATTACKS.items()),
             ],
-            "diagnostics": {"level": level, "share": 0.5},
+            "diagnostics": {"level": level, "share": 0.25},
             "run": {"chunk": 24, "workers": 1, "device": "cpu"},
         }
     )
@@ -111,8 +111,9 @@ def said(summary: dict[str, Any], model: str) -> dict[str, tuple[str, str]]:
 def test_a_sound_model_trips_no_fail(summary: dict[str, Any], model: str) -> None:
     found = said(summary, model)
     assert not {name: text for name, (status, text) in found.items() if status == "fail"}
-    everything = CHECKS.keys() - {"monotone-in-eps", "monotone-in-effort", "certified-below-empirical"}
-    assert found.keys() == everything
+    elsewhere = {"monotone-in-eps", "monotone-in-effort", "certified-below-empirical"}
+    of_standing = {"budget-used", "convergence"}  # there may be no question left that stands
+    assert found.keys() | of_standing == CHECKS.keys() - elsewhere
 
 
 @pytest.mark.parametrize(("model", "check"), [*MODELS.items(), *((name, c) for name, (_, c) in ATTACKS.items())])
@@ -134,7 +135,7 @@ def test_probes_change_no_unit_and_enter_no_table(dataset: Dataset, folder: Path
     taken = summary["probes"]
     assert taken["records"] == len(probes) == len([*with_probes.units]) - len(keys) > 0
     assert taken["share_of_seconds"] == pytest.approx(probes["seconds"].sum() / records["seconds"].sum(), abs=1e-6)
-    assert probes.groupby(["model", "condition"]).size().unique().tolist() == [24]
+    assert probes.groupby(["model", "condition"]).size().unique().tolist() == [12]
 
 
 def test_the_terminal_names_what_did_not_pass(summary: dict[str, Any]) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 
 from ..frames import Verdicts
 from .answers import constraint_audit, coverage, image_reliance, readable, repeat_run, zero_eps
-from .ascent import convergence, dead_gradients, finite_difference, loss_noise, silent_success, unseen_success
+from .ascent import (
+    budget_used,
+    convergence,
+    dead_gradients,
+    finite_difference,
+    loss_noise,
+    silent_success,
+    unseen_success,
+)
 from .base import Diagnostic, Status
 from .certified import certified_below_empirical
 from .strength import (
@@ -37,6 +45,7 @@ CHECKS: Mapping[str, Check] = {
     "gradient-is-slope": finite_difference,
     "loss-noise": loss_noise,
     "dead-gradients": dead_gradients,
+    "budget-used": budget_used,
     "convergence": convergence,
     "silent-success": silent_success,
     "unseen-success": unseen_success,

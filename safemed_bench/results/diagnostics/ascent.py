@@ -12,6 +12,7 @@ from ..frames import Verdicts
 from ..intervals import mean
 from .base import (
     CASCADES,
+    TOLERATED,
     Diagnostic,
     Status,
     attack_name,
@@ -72,6 +73,31 @@ def _untouched(rows: Sequence[pd.DataFrame]) -> int:
 
 def _dead_share(rows: pd.DataFrame) -> pd.Series:
     return rows["dead_gradients"].astype(float).fillna(0.0) / rows["steps"].astype(float)
+
+
+def budget_used(verdicts: Verdicts) -> Diagnostic | None:
+    """Whether attacks that failed went as far as they may. (The L1 norm is not among the columns of a record.)"""
+    found = []
+    for condition in verdicts.conditions:
+        if not is_gradient_attack(verdicts, condition) or condition.norm not in ("linf", "l2"):
+            continue
+        rows = rows_of(verdicts, condition.name)
+        rows = rows[(rows["correct"] == 1) & (rows["steps"] > 0)] if not rows.empty else rows
+        rows = rows[_dead_share(rows) < MOSTLY] if not rows.empty else rows
+        if len(rows) and condition.eps >= 2 / 255:
+            estimate = share(rows[condition.norm].astype(float) < condition.eps / 2, verdicts)
+            found.append((estimate.low, estimate, condition.name))
+    if not found:
+        return None
+    low, estimate, name = max(found, key=lambda item: item[:1])
+    status: Status = "fail" if low > MOSTLY else "warn" if low > TOLERATED else "pass"
+    return Diagnostic(
+        "budget-used",
+        status,
+        "attacks that failed although they had gradients used at least half of eps; a warning where more than 5% of "
+        "these questions have less (95% interval), a failure where most have: the ball was not searched",
+        f"{name}: {per_cent(estimate)} of the questions that stand were moved by less than half of eps",
+    )
 
 
 def convergence(verdicts: Verdicts) -> Diagnostic | None:
@@ -147,7 +173,7 @@ def unseen_success(verdicts: Verdicts) -> Diagnostic | None:
         if not is_gradient_attack(verdicts, condition):
             continue
         rows = rows_of(verdicts, condition.name)
-        rows = rows[(rows["correct"] == 0) & (rows["clean_correct"] == 1)] if not rows.empty else rows
+        rows = rows[(rows["correct"] == 0) & (rows["steps"] > 0)] if not rows.empty else rows
         if len(rows):
             estimate = share(rows["suspected"].isna(), verdicts)
             found.append((estimate.low, estimate, condition))
