@@ -21,6 +21,7 @@ from safemed_bench.datasets.base import fingerprint
 from safemed_bench.datasets.images import inspect_files, load_canvas
 from safemed_bench.datasets.modalities import normalise
 from safemed_bench.run.provenance import describe
+from safemed_bench.suite.schema import DiagnosticsSpec
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:
@@ -356,7 +357,7 @@ def test_run_file_holds_the_text_prior_of_each_question(tmp_path: Path) -> None:
     rows = [record(n, split=("test", "train")[n % 2]) for n in range(8)]
     data = load(spec(write_root(tmp_path, rows)))
     threat = SimpleNamespace(norm="linf", headline=None)
-    suite = SimpleNamespace(name="s", title="", threat=threat)
+    suite = SimpleNamespace(name="s", title="", threat=threat, diagnostics=DiagnosticsSpec())
     plan = SimpleNamespace(suite=suite, dataset=data, notes=(), cards=(), cells=())
     told = {q["id"]: q["text_prior"] for q in describe(plan)["questions"]}  # type: ignore[arg-type]
     assert told == data.text_prior and set(told.values()) == {True}

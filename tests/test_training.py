@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from safemed_bench.core.errors import UsageError
 from safemed_bench.datasets import base as datasets_base
 from safemed_bench.datasets.phantom import WORDS, spec
-from safemed_bench.models import huggingface
+from safemed_bench.models import loading
 from safemed_bench.models.card import card_from_folder
 from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.models.tiny import TAGS, build_tokenizer
@@ -196,9 +196,9 @@ def fresh_accelerator():
 
 def test_trained_weights_are_float32_wherever_they_come_from(config, tmp_path, monkeypatch):
     start = train(config, (*SHORT, f"output={tmp_path / 'start'}", "export_dtype=float16"), quiet=True)
-    own = huggingface._dtype
+    own = loading.torch_dtype
     on_gpu = {"auto": "bf16"}
-    monkeypatch.setattr(huggingface, "_dtype", lambda name, device: own(on_gpu.get(name, name), device))
+    monkeypatch.setattr(loading, "torch_dtype", lambda name, device: own(on_gpu.get(name, name), device))
     vlm = load_start(load_config(config, (f"init={start}",)), WORDS, torch.device("cpu"))
     assert {p.dtype for p in vlm.model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in vlm.model.parameters())
