@@ -218,7 +218,14 @@ def test_sections_only_where_there_is_something_to_say(source: Source, html: str
     ]
     clean = [r for r in source.summary["estimates"] if r["condition"] == "clean" and r["metric"] == "accuracy"]
     rows = [
-        row | {"condition": f"certified@l2:{radius}", "value": value, "low": value - 0.1, "high": value + 0.1}
+        row
+        | {
+            "metric": "certified_accuracy",
+            "condition": f"certified@l2:{radius}",
+            "value": value,
+            "low": value - 0.1,
+            "high": value + 0.1,
+        }
         for radius, value in (("0.25", 0.75), ("0.5", 0.5))
         for row in clean
     ]

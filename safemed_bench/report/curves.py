@@ -13,7 +13,6 @@ from ..results.summary import threat_order
 from ..results.tables import ALL, Numbers
 from .figures import CYCLE, DASHES, MARKERS, Chart, Curve, Level
 from .panels import Data
-from .source import CERTIFIED
 from .words import share
 
 NORMS = {"linf": "L∞", "l2": "L2"}
@@ -45,8 +44,7 @@ def eps_figures(numbers: Numbers) -> list[RunFigure]:
 
 def certified_figures(numbers: Numbers) -> list[RunFigure]:
     """Certified accuracy against the radius. Empty where the run certified nothing."""
-    found = sorted((c for c in numbers.conditions if c.kind == CERTIFIED and c.threat), key=_size)
-    return [_radius_figure(numbers, found, m) for m in _modalities(numbers)] if found else []
+    return [_radius_figure(numbers, m) for m in _modalities(numbers)] if numbers.certificates else []
 
 
 def _modalities(numbers: Numbers) -> list[str]:
@@ -84,11 +82,16 @@ def _eps_figure(numbers: Numbers, norm: str, threats: Sequence[Condition], modal
     return RunFigure(key, "Accuracy, worst attack", _title(modality), NORMS[norm], chart, data, _asked(rows))
 
 
-def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) -> RunFigure:
-    names, places = [c.name for c in radii], [_size(c) for c in radii]
-    rows = _measured(numbers, names, modality)
+def _radius_figure(numbers: Numbers, modality: str) -> RunFigure:
+    """A curve per model, and per sigma where a model has several."""
+    words = {_size(c): _word(c) for c in numbers.certificates}
+    places = sorted(words)
+    rows: Rows = {}
+    for which in dict.fromkeys(c.objective for c in numbers.certificates):
+        names = {_size(c): c.name for c in numbers.certificates if c.objective == which}
+        found = _measured(numbers, [names.get(place, "") for place in places], modality, "certified_accuracy")
+        rows |= {f"{model} {which}" if which else model: cells for model, cells in found.items()}
     key = f"radius-{_slug(modality)}"
-    floors = {model: e for model in rows if (e := numbers.blind(model, modality))}
     chart = Chart(
         key,
         tuple(_curve(model, i, places, cells) for i, (model, cells) in enumerate(rows.items())),
@@ -96,18 +99,32 @@ def _radius_figure(numbers: Numbers, radii: Sequence[Condition], modality: str) 
         "share",
         levels=_levels(numbers, modality, list(rows), {}, places[-1]),
         x_label="certified radius, L2",
-        ticks=tuple((place, _word(c)) for place, c in zip(places, radii, strict=True)) if len(radii) <= 8 else (),
+        ticks=tuple(words.items()) if len(words) <= 8 else (),
     )
-    data = _table(numbers, modality, [f"L2 {_word(c)}" for c in radii], rows, floors)
+    heads = [f"L2 {words[place]}{_inside(numbers, place)}" for place in places]
+    floors = {row: e for row in rows if (e := numbers.blind(_model_of(numbers, row), modality))}
+    data = _table(numbers, modality, heads, rows, floors)
     return RunFigure(key, "Certified accuracy", _title(modality), "L2", chart, data, _asked(rows))
+
+
+def _model_of(numbers: Numbers, row: str) -> str:
+    """The model of a row that may also name a sigma."""
+    return row if row in numbers.models else row.rpartition(" ")[0]
+
+
+def _inside(numbers: Numbers, radius: float) -> str:
+    """` (L∞ 0.58/255)`: the largest L∞ ball inside the L2 ball, where all certificates agree on it."""
+    names = [c.name for c in numbers.certificates if _size(c) == radius]
+    found = {e.value for m in numbers.models for n in names if (e := numbers.get(m, n, "linf_equivalent")) and e.n}
+    return f" (L∞ {found.pop() * 255:.2g}/255)" if len(found) == 1 else ""
 
 
 Rows = dict[str, list[Estimate | None]]
 
 
-def _measured(numbers: Numbers, names: Sequence[str], modality: str) -> Rows:
+def _measured(numbers: Numbers, names: Sequence[str], modality: str, metric: str = "accuracy") -> Rows:
     """model -> its accuracies under these conditions; models without any are left out."""
-    rows = {model: [numbers.get(model, name, "accuracy", modality) for name in names] for model in numbers.models}
+    rows = {model: [numbers.get(model, name, metric, modality) for name in names] for model in numbers.models}
     return {model: cells for model, cells in rows.items() if any(e is not None and e.n for e in cells)}
 
 
@@ -116,7 +133,7 @@ def _table(numbers: Numbers, modality: str, names: Sequence[str], rows: Rows, fl
     body = []
     for model, cells in rows.items():
         n = max(e.n for e in cells if e is not None)
-        chance = numbers.get(model, "clean", "chance", modality)
+        chance = numbers.get(_model_of(numbers, model), "clean", "chance", modality)
         body.append(
             (
                 model,
