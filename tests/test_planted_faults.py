@@ -74,7 +74,7 @@ def plan_of(dataset: Dataset, level: str) -> Plan:
                 "clean",
                 "blank",
                 "noise",
-                {"attack": "fgsm", "objectives": ["answer"]},
+                {"attack": "fgsm", "objectives": "strong"},
                 {"attack": "pgd", "steps": 10, "objectives": "strong", "models": honest},
                 {"attack": "square", "params": {"queries": 20}, "models": list(SOUND)},
                 *(spec | {"models": [name]} for name, (spec, _) in ATTACKS.items()),
