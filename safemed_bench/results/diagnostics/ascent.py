@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ...core.types import PROBE
 from ..frames import Verdicts
@@ -112,7 +113,8 @@ def convergence(verdicts: Verdicts) -> Diagnostic | None:
         late = pd.Series([_late_gain(trace, restarts) for trace in rows["loss_trace"]], index=rows.index).dropna()
         if len(late) >= 2:
             images = pd.Series(verdicts.images, index=verdicts.questions.index).reindex(late.index)
-            estimate = mean(np.asarray(late, dtype=float), images.to_numpy(dtype=np.intp))
+            values: NDArray[np.float64] = np.asarray(late, dtype=np.float64)
+            estimate = mean(values, images.to_numpy(dtype=np.intp))
             low = estimate.value if np.isnan(estimate.low) else estimate.low
             found.append((low, estimate.value, len(late), condition.name))
     if not found:

@@ -152,7 +152,7 @@ def unbounded_reaches_floor(verdicts: Verdicts) -> Diagnostic | None:
     stands = pd.DataFrame({name: rows["correct"] for name, rows in found.items()}).dropna()
     floor = _floor(verdicts, stands.index)
     worst = _above(int(stands.min(axis=1).sum()), len(stands), floor)
-    single = {name: _above(int(stands[name].sum()), len(stands), floor) for name in stands}
+    single = {name: _above(int(stands[name].sum()), len(stands), floor) for name in found}
     weak = [name for name, p in single.items() if p * len(single) < ALPHA]
     status: Status = "fail" if worst < ALPHA else "warn" if weak else "pass"
     return Diagnostic(
