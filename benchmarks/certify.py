@@ -34,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import reporting
 import torch
 from torch import Tensor
 
@@ -82,14 +83,7 @@ class Case:
     same: bool
 
     def row(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "ours_s": round(self.ours, 4),
-            "peer": self.peer,
-            "peer_s": round(self.theirs, 4),
-            "ratio": round(self.theirs / self.ours, 3),
-            "same_verdicts": self.same,
-        }
+        return reporting.row(self.name, [self.ours], self.peer, [self.theirs], self.same)
 
 
 @dataclass
@@ -245,18 +239,12 @@ def measure(entry: str, sigma: float, radius: float, size: Size, clock: Clock) -
     }
 
 
-def table(cases: Sequence[Case], facts: Sequence[dict[str, Any]], size: Size) -> str:
-    lines = [
+def table(found: Sequence[Case], facts: Sequence[dict[str, Any]], size: Size) -> str:
+    head = (
         f"alpha {ALPHA}, n0 {N0}, cap {N:,}, batches of {size.batch}, {torch.get_num_threads()} thread(s), "
-        f"median of {size.rounds} rounds",
-        f"{'case':<28}{'ours':>12}  {'peer':>12}  {'ratio':>8}  same  peer",
-    ]
-    for case in cases:
-        r = case.row()
-        lines.append(
-            f"{r['name']:<28}{r['ours_s']:>10.3f} s  {r['peer_s']:>10.3f} s  {r['ratio']:>7.2f}x  "
-            f"{'yes' if r['same_verdicts'] else 'NO':<4}  {r['peer']}"
-        )
+        f"median of {size.rounds} rounds"
+    )
+    lines = [reporting.table([case.row() for case in found], head)]
     for fact in facts:
         lines += ["", *(f"{key:<28}{value}" for key, value in fact.items())]
     return "\n".join(lines)

@@ -125,7 +125,8 @@ def measured(correct: Mapping[str, np.ndarray], images: np.ndarray, modality: li
         index=index,
     )
     frame = pd.DataFrame({k: v for k, v in correct.items()}, index=index)
-    verdicts = Verdicts("m", questions, frame, frame.map(lambda _: "valid"), frame["clean"])
+    status = frame.map(lambda _: "valid")
+    verdicts = Verdicts("m", questions, frame, status, spared=frame, clean=frame["clean"])
     protocol = Protocol("f00d", "simulated", "linf at 4/255", "64 px", "p", "e", {})
     return Measured("m", verdicts, protocol, {"headline": "linf:4/255"}, {})
 

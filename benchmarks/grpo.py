@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import reporting
 import torch
 from PIL import Image
 from torch import Tensor
@@ -75,16 +75,7 @@ class Case:
     same: bool
 
     def row(self) -> dict[str, Any]:
-        """Medians; ratio: how many times faster ours is."""
-        ours, peer = statistics.median(self.ours), statistics.median(self.peers)
-        return {
-            "name": self.name,
-            "ours_s": round(ours, 4),
-            "peer": self.peer,
-            "peer_s": round(peer, 4),
-            "ratio": round(peer / ours, 2),
-            "same_verdicts": self.same,
-        }
+        return reporting.row(self.name, self.ours, self.peer, self.peers, self.same)
 
 
 def reward(completion_ids: Sequence[Sequence[int]]) -> list[float]:
@@ -354,19 +345,12 @@ def peer_trainer(
     )
 
 
-def table(cases: list[Case], size: Size) -> str:
-    lines = [
+def table(found: list[Case], size: Size) -> str:
+    facts = (
         f"B {size.prompts}, G {size.group}, {size.tokens} tokens, beta {size.beta}, float32, "
-        f"{torch.get_num_threads()} thread(s), median of {size.rounds}",
-        f"{'case':<26}{'ours':>9}  {'peer':>9}  {'ratio':>6}  same  peer",
-    ]
-    for case in cases:
-        r = case.row()
-        lines.append(
-            f"{r['name']:<26}{r['ours_s']:>7.3f} s  {r['peer_s']:>7.3f} s  {r['ratio']:>5.2f}x  "
-            f"{'yes' if r['same_verdicts'] else 'NO':<4}  {r['peer']}"
-        )
-    return "\n".join(lines)
+        f"{torch.get_num_threads()} thread(s), median of {size.rounds}"
+    )
+    return reporting.table([case.row() for case in found], facts)
 
 
 def main() -> None:

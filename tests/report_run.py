@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,3 +174,10 @@ def _record(
     if condition == REASONED and i == 4:
         return replace(record, answer=None, status="invalid", correct=False, text="<think>no <i>end")
     return record
+
+
+def unpacked(html: str) -> dict[str, Any]:
+    """The records inside a page."""
+    text = re.search(r'id="records">([^<]*)<', html)
+    assert text
+    return json.loads(gzip.decompress(base64.b64decode(text[1])))

@@ -130,6 +130,14 @@ def test_simulated_runs_keep_the_promises(benchmark: ModuleType, n: int, noise: 
     assert 0.72 < np.mean([run.p_above(0.02) <= 0.05 for run in weak]) < 0.88  # 5 pp, and two standard errors
 
 
+def test_the_whole_gate_is_simulated(benchmark: ModuleType) -> None:
+    """The benchmark's own cases, a few runs of each: nothing that lost nothing is called regressed by all of them."""
+    found = list(benchmark.gate_cases(3, np.random.default_rng(7)))
+    quiet = [case for case in found if "no drop" in case["name"]]
+    assert len(quiet) == 5 and all(case["regressed"] < 1 for case in quiet)
+    assert len(found) == len(quiet) + 1
+
+
 def test_a_rate_that_is_too_high_is_noticed(benchmark: ModuleType) -> None:
     assert benchmark.kept(100, 2000) and not benchmark.kept(140, 2000)
 

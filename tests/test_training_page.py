@@ -17,7 +17,7 @@ from safemed_bench.core.errors import DataError, UsageError
 from safemed_bench.report import training as page
 from safemed_bench.report.figures import COLOURS, Chart, Curve, draw, inline, number
 from safemed_bench.report.history import read_history, seconds
-from safemed_bench.report.page import TEMPLATES
+from safemed_bench.report.jinja import TEMPLATES
 from safemed_bench.report.panels import POINTS, ROWS, SPECS
 from safemed_bench.report.training import training_page, write_training_page
 

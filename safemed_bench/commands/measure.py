@@ -76,8 +76,8 @@ def _measure(
     plan: Plan, folder: Path, request: Request, resume: bool, retry_errors: bool, reporter: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """One suite's report, without a summary where nothing was measured; and what is said of models that failed."""
-    from ..report.run import write_run_page
-    from ..results import summarise
+    from ..report.run import write_page
+    from ..report.source import read_source
     from ..run import RECORDS, ModelsFailedError, execute
 
     failed: list[str] = []
@@ -87,13 +87,13 @@ def _measure(
         )
     except ModelsFailedError as error:
         outcome, failed = error.outcome, [f"{plan.suite.name}: {line}" for line in str(error).splitlines()]
-    summary = summarise(folder) if (folder / RECORDS).stat().st_size else None
+    source = read_source(folder) if (folder / RECORDS).stat().st_size else None
     return {
         "suite": plan.suite.name,
         "output": str(folder),
         "outcome": asdict(outcome),
-        "report": str(write_run_page(folder, summary)) if summary else None,
-        "summary": summary,
+        "report": str(write_page(source)) if source else None,
+        "summary": source.summary if source else None,
     }, failed
 
 

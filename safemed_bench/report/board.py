@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from ..core.journal import write_atomic
 from ..results.board_checks import check_file
 from ..results.sources import BOARD, entry_files, load_board, load_entry
 from ..results.summary import threat_order
+from .jinja import template
 
 README, PAGE = "README.md", "index.html"
-TEMPLATES = Path(__file__).parent / "templates"
 NOTE = (
     "robust: per question the worst over every attack of that size and the clean image. 95% intervals in brackets. "
     "blind: the higher accuracy with a blank or another question's image. image gain: clean minus blind. best-known "
@@ -147,11 +145,4 @@ def _markdown(cell: Cell) -> str:
 
 def to_html(boards: Sequence[Board]) -> str:
     """One page without a network; the tables can be read, and stand in order, with scripts off."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("board.html.j2").render(boards=boards, note=NOTE.replace("`", ""))
+    return template("board.html.j2").render(boards=boards, note=NOTE.replace("`", ""))

@@ -43,8 +43,11 @@ def eps_figures(numbers: Numbers) -> list[RunFigure]:
 
 
 def certified_figures(numbers: Numbers) -> list[RunFigure]:
-    """Certified accuracy against the radius. Empty where the run certified nothing."""
-    return [_radius_figure(numbers, m) for m in _modalities(numbers)] if numbers.certificates else []
+    """Certified accuracy against the radius, per modality where there is a curve to see. Empty where the run certified
+    nothing."""
+    radii = {_size(c) for c in numbers.certificates}
+    shown = _modalities(numbers) if len(radii) > 1 else [ALL] * len(radii)
+    return [_radius_figure(numbers, modality) for modality in shown]
 
 
 def _modalities(numbers: Numbers) -> list[str]:
@@ -64,7 +67,8 @@ def _eps_figure(numbers: Numbers, norm: str, threats: Sequence[Condition], modal
     scale = 255.0 if norm == "linf" else 1.0
     places = [0.0, *(_size(c) * scale for c in threats)]
     names = ["clean", *(c.name for c in threats)]
-    rows = _measured(numbers, names, modality)
+    measured = _measured(numbers, names, modality)
+    rows = {model: cells for model, cells in measured.items() if any(e is not None and e.n for e in cells[1:])}
     floors = {model: e for model in rows if (e := numbers.blind(model, modality))}
     key = f"eps-{norm}-{_slug(modality)}"
     # The words of many eps would run into each other; the axis then has plain numbers.

@@ -12,7 +12,7 @@ from ..results.formats import cell_parts
 from ..results.frames import Condition, Verdicts
 from ..results.intervals import proportion
 from ..results.tables import ALL, Column, Numbers, Row, Table, condition_label, modalities
-from .source import CERTIFIED, Source, attacks_at
+from .source import Source, attacks_at
 
 MICRO, MACRO = "all (micro)", "all (macro)"
 
@@ -91,10 +91,10 @@ def grid_of(table: Table) -> Grid:
 def objective_grid(source: Source) -> Grid | None:
     """Every attack and objective at the headline threat by model: each alone, then the worst per question."""
     numbers = source.numbers
-    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective and c.kind != CERTIFIED]
+    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective]
     if not single:
         return None
-    worst = [c for c in numbers.aggregates if c.threat == numbers.headline and c.kind not in ("noise", CERTIFIED)]
+    worst = [c for c in numbers.aggregates if c.threat == numbers.headline and c.kind != "noise"]
     rows = []
     for condition in sorted(single, key=lambda c: (c.kind, c.objective or "")):
         rows.append(((condition.kind.upper(), condition.objective or ""), _across(source, condition)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from .evidence import audit, diagnostics, provenance, trainings
 from .figures import save
 from .gallery import NO_PICTURES, examples
 from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, verdict
+from .jinja import TEMPLATES, template
 from .matrices import modality_grid, objective_grid, overlap_grids
 from .packing import pack
-from .page import TEMPLATES, shown, template
+from .page import shown
 from .source import Source, attacks_at, read_source
 
 PAGE = "report.html"
 FIGURES = "figures"
 
 
-def write_run_page(folder: Path | str, summary: Mapping[str, Any] | None = None) -> Path:
+def write_run_page(folder: Path | str) -> Path:
     """Read the run in `folder` and write its report into it; returns its path. Raises what `read_source` raises."""
-    return write_page(read_source(folder, summary))
+    return write_page(read_source(folder))
 
 
 def write_page(source: Source) -> Path:

@@ -17,8 +17,6 @@ from ..results.summary import summarise
 from ..results.tables import Numbers
 
 SUITE = "suite.yaml"
-CERTIFIED = "certified"
-"""Kind of the conditions whose threat is a certified radius: `certified@l2:0.5`. No attack is one."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,17 @@ class Source:
         return [known.get(v.model) or {"name": v.model} for v in self.run.verdicts]
 
 
-def read_source(folder: Path | str, summary: Mapping[str, Any] | None = None) -> Source:
-    """Read a run folder. summary: of the very records in it; by default it is computed, and written, from them.
+def read_source(folder: Path | str) -> Source:
+    """Read a run folder, its records once, and compute and write its summary.
 
     Raises DataError where the folder holds no records, or a file in it is broken.
     """
     folder = Path(folder)
-    summary = summarise(folder) if summary is None else summary
-    run = load_run(folder)
+    read = list(read_records(folder))
+    run = load_run(folder, read)
+    summary = summarise(folder, run)
     records: dict[tuple[str, str], dict[str, Record]] = {}
-    for record in read_records(folder):
+    for record in read:
         records.setdefault((record.model, record.condition), {})[record.question_id] = record
     told = {question["id"]: question for question in run.info.get("questions", ())}
     known = run.verdicts[0].questions
@@ -87,4 +86,4 @@ def _suite(path: Path) -> tuple[str, Mapping[str, Any]]:
 
 def attacks_at(verdicts: Verdicts, threat: str | None) -> list[Condition]:
     """The attacks that a model was put under at one threat, each with its objective, in the plan's order."""
-    return [c for c in verdicts.conditions if c.is_attack and c.kind != CERTIFIED and c.threat == threat]
+    return [c for c in verdicts.conditions if c.is_attack and c.threat == threat]

@@ -14,7 +14,8 @@ from ..results.intervals import proportion
 from ..training.settings import AdversarySettings
 from .figures import number
 from .history import History, Line, Stage, read_history, seconds
-from .page import PHANTOM, shown, template
+from .jinja import template
+from .page import PHANTOM, shown
 from .panels import Panel, panels
 
 PAGE = "training.html"

@@ -75,7 +75,7 @@ def _settings(measured: Measured) -> dict[str, Any]:
 
 
 def make_board(measured: Measured) -> dict[str, Any]:
-    """The terms of a new board, those of its first entry."""
+    """The terms of a new board, those of its first entry, without the image files' places on one machine."""
     info, protocol = measured.info, measured.protocol
     return {
         "schema": SCHEMA,
@@ -84,7 +84,7 @@ def make_board(measured: Measured) -> dict[str, Any]:
         "data": info["data"],
         "headline": info["headline"],
         "terms": {"threat": protocol.threat, "canvas": protocol.canvas, "code": dict(protocol.code)},
-        "questions": list(info["questions"]),
+        "questions": [{k: v for k, v in q.items() if k != "image"} for q in info["questions"]],
     }
 
 

@@ -139,7 +139,11 @@ def load_records(folder: Path | str) -> pd.DataFrame:
     one stands. Raises DataError.
     """
     folder = Path(folder)
-    frame = frame_of(read_records(folder))
+    return _some(folder, read_records(folder))
+
+
+def _some(folder: Path, records: Iterable[Record]) -> pd.DataFrame:
+    frame = frame_of(records)
     if frame.empty:
         raise DataError(f"{folder} holds no records: neither {journal.JOURNAL} nor {RECORDS} has a line")
     return frame
@@ -204,10 +208,10 @@ def load_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def load_run(folder: Path | str) -> Run:
-    """Everything results need of a run folder. Raises DataError."""
+def load_run(folder: Path | str, records: Iterable[Record] | None = None) -> Run:
+    """Everything results need of a run folder. records: its own, where they were read already. Raises DataError."""
     folder = Path(folder)
-    return assemble(folder, load_info(folder), load_records(folder))
+    return assemble(folder, load_info(folder), _some(folder, read_records(folder) if records is None else records))
 
 
 def assemble(folder: Path, info: Mapping[str, Any], records: pd.DataFrame) -> Run:

@@ -70,12 +70,7 @@ def load_settings(folder: Path) -> dict[str, Any]:
 
 def load_entry(path: Path) -> dict[str, Any]:
     """A leaderboard entry, without its records. Raises DataError."""
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        entry["model"], entry["run"], entry["records"], entry["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not an entry of a leaderboard ({type(error).__name__}: {error})") from error
-    return entry
+    return _object(path, ("model", "run", "records", "settings"), "an entry of a leaderboard")
 
 
 def load_packed(path: Path) -> pd.DataFrame:
@@ -92,13 +87,18 @@ def load_packed(path: Path) -> pd.DataFrame:
 
 def load_board(folder: Path) -> dict[str, Any]:
     """The terms of a board, its board.json. Raises DataError."""
-    path = folder / BOARD
+    return _object(folder / BOARD, ("terms", "questions", "data", "headline"), "the terms of a board")
+
+
+def _object(path: Path, keys: tuple[str, ...], what: str) -> dict[str, Any]:
+    """The JSON object in a file, which has these keys if it is `what` it should be. Raises DataError."""
     try:
-        board = json.loads(path.read_text(encoding="utf-8"))
-        board["terms"], board["questions"], board["data"], board["headline"]
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            found[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the terms of a board ({type(error).__name__}: {error})") from error
-    return board
+        raise DataError(f"{path}: not {what} ({type(error).__name__}: {error})") from error
+    return found
 
 
 def entry_files(folder: Path) -> list[Path]:

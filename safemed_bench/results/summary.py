@@ -28,14 +28,14 @@ NAMED_ERRORS = 20
 UNSTAMPED = "UNKNOWN DATA – the run folder does not say what was measured"
 
 
-def summarise(folder: Path | str) -> dict[str, Any]:
+def summarise(folder: Path | str, run: Run | None = None) -> dict[str, Any]:
     """Compute all estimates of a run folder; write `summary.json` and `tables/` into it; return the summary.
 
-    A run that is not finished is summarised as far as it got, with a notice that says so. Raises DataError where the
-    folder holds no records.
+    run: the folder's own, where it was loaded already. A run that is not finished is summarised as far as it got, with
+    a notice that says so. Raises DataError where the folder holds no records.
     """
     folder = Path(folder)
-    summary = summary_of(load_run(folder))
+    summary = summary_of(load_run(folder) if run is None else run)
     text = json.dumps(summary, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     write_atomic(folder / SUMMARY, text.encode())
     tables.write(summary, folder / "tables")

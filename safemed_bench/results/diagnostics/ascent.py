@@ -12,11 +12,9 @@ from ...core.types import PROBE
 from ..frames import Verdicts
 from ..intervals import mean
 from .base import (
-    CASCADES,
     TOLERATED,
     Diagnostic,
     Status,
-    attack_name,
     half_width,
     is_gradient_attack,
     is_iterative,
@@ -144,7 +142,7 @@ def silent_success(verdicts: Verdicts) -> Diagnostic | None:
     """The surrogate was fooled along the way, the deployed path never was."""
     found = []
     for condition in verdicts.conditions:
-        if not is_gradient_attack(verdicts, condition) or attack_name(verdicts, condition) in CASCADES:
+        if not is_gradient_attack(verdicts, condition):
             continue
         rows = rows_of(verdicts, condition.name)
         rows = rows[rows["suspected"].notna()] if not rows.empty else rows

@@ -18,7 +18,7 @@ Status = Literal["pass", "warn", "fail"]
 TOLERATED = 0.05
 """Share of questions that may break a rule before the number is not to be believed: the 95% interval must reach it."""
 
-ONE_STEP, BLACK_BOX, CASCADES = ("fgsm",), ("square",), ("safemed-attack",)
+ONE_STEP, BLACK_BOX, CASCADES = ("fgsm", "art:FGM"), ("square", "art:Square"), ("safemed-attack",)
 TRANSFER = "transfer"
 
 
@@ -110,9 +110,10 @@ def attack_name(verdicts: Verdicts, condition: Condition) -> str:
 
 
 def is_gradient_attack(verdicts: Verdicts, condition: Condition) -> bool:
-    """Whether it climbs a gradient of the entry itself, and nothing else."""
-    name = attack_name(verdicts, condition)
-    return condition.is_attack and name not in (*BLACK_BOX, *CASCADES) and not name.startswith(TRANSFER)
+    """Whether it climbs a gradient of the entry itself, and nothing else: black boxes, cascades and images that were
+    made elsewhere have no objective."""
+    transferred = attack_name(verdicts, condition).startswith(TRANSFER)
+    return condition.is_attack and condition.objective is not None and not transferred
 
 
 def is_iterative(verdicts: Verdicts, condition: Condition) -> bool:
