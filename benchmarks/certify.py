@@ -9,7 +9,7 @@ taken for certain), each with the same ones, several times over. What the sequen
 alone, in their order, is reported beside it. Seconds are passes times those of a pass through `certify_many`.
 
 **Overhead.** `certify_many` draws noise, keeps counts and fills batches; samples a second are held against the bare
-model's `verdicts` and `answer` at the same batch size on the same noisy pictures, in turns.
+model's `verdicts` and `answer` on the very batches that it asked, in turns.
 
 `same_verdicts`: certified and refuted mean what Cohen says, wherever the sequential test decides (but for the error
 rates, alpha each); the counts of a certificate are those of the bare model's answers.
@@ -38,9 +38,9 @@ import reporting
 import torch
 from torch import Tensor
 
-from safemed_bench.certify.base import INVALID, Certifier, State, noise
+from safemed_bench.certify.base import INVALID, Certificate, Certifier, State, noisy
 from safemed_bench.certify.cohen import Cohen
-from safemed_bench.certify.panel import certify_many
+from safemed_bench.certify.panel import PredictMany, certify_many
 from safemed_bench.certify.sequential import Sequential
 from safemed_bench.datasets import load
 from safemed_bench.datasets.images import load_canvas
@@ -122,8 +122,8 @@ class Bench:
 
     def _answers(self, place: int, phase: str, start: int, count: int) -> list[int]:
         image = self.batch.pixels[place]
-        noisy = image + self.cohen.sigma * noise(image, place, phase, start, count)
-        return labels(self.model, self.batch.select([place] * count), noisy)
+        copies = noisy(image, self.cohen.sigma, place, phase, start, count)
+        return labels(self.model, self.batch.select([place] * count), copies)
 
     def compare(self, real: Sequence[Sequence[int]]) -> tuple[Tests, Tests]:
         """Simulated tests on the frequencies of each question's real labels, and those on the real labels alone."""
@@ -148,26 +148,27 @@ class Bench:
         size = self.size
         places, certifier = [0, 1], Cohen(self.cohen.sigma, 2 * size.batch, size.batch, ALPHA)
         images = [self.batch.pixels[place] for place in places]
-        work = [(p, phase, n) for p in places for phase, n in (("selection", 1), ("test", 2))]
-        noisy = [
-            (
-                self.batch.select([p] * size.batch),
-                images[p] + certifier.sigma * noise(images[p], p, phase, k * size.batch, size.batch),
-            )
-            for p, phase, n in work
-            for k in range(n)
-        ]
+        asked: list[tuple[Tensor, list[int]]] = []
+        answered: dict[int, list[int]] = {place: [] for place in places}
 
         def predict(pictures: Tensor, owners: Sequence[int]) -> list[int]:
             return labels(self.model, self.batch.select(list(owners)), pictures)
 
-        proofs: list[Any] = []
+        def record(pictures: Tensor, owners: Sequence[int]) -> list[int]:
+            asked.append((pictures, list(owners)))
+            found = predict(pictures, owners)
+            for owner, label in zip(owners, found, strict=True):
+                answered[owner].append(label)
+            return found
+
+        def proofs(model: PredictMany) -> list[Certificate]:
+            return certify_many(certifier, model, images, seeds=places, batch_size=size.batch)
+
+        counts = [dict(proof.counts) for proof in proofs(record)]
         ways: dict[str, Callable[[], Any]] = {
-            "certify_many": lambda: proofs.append(
-                certify_many(certifier, predict, images, seeds=places, batch_size=size.batch)
-            ),
-            "verdicts": lambda: [labels(self.model, *one) for one in noisy],
-            "answer": lambda: [self.model.answer(*one) for one in noisy],
+            "certify_many": lambda: proofs(predict),
+            "verdicts": lambda: [predict(*one) for one in asked],
+            "answer": lambda: [self.model.answer(self.batch.select(owners), seen) for seen, owners in asked],
         }
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(size.rounds + 1):
@@ -175,10 +176,9 @@ class Bench:
                 began = self.clock()
                 way()
                 taken[name].append(self.clock() - began)
-        bare = [labels(self.model, *one) for one in noisy]
-        same = [dict(sorted(Counter(bare[3 * p + 1] + bare[3 * p + 2]).items())) for p in places]
+        same = [dict(sorted(Counter(answered[place][certifier.n0 :]).items())) for place in places]
         seconds = {name: statistics.median(values[1:]) for name, values in taken.items()}
-        return seconds, len(noisy) * size.batch, same == [dict(proof.counts) for proof in proofs[-1]]
+        return seconds, sum(len(owners) for _, owners in asked), same == counts
 
 
 def fed(certifier: Certifier, drawn: Sequence[int]) -> State:

@@ -236,7 +236,7 @@ class Certifier(ABC):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         request = self.request(state, batch_size)
-        labels = [int(label) for label in predict(image + self.sigma * noise(image, state.seed, *request))]
+        labels = [int(label) for label in predict(noisy(image, self.sigma, state.seed, *request))]
         if len(labels) != request.size:
             raise ValueError(f"predict gave {len(labels)} answers for {request.size} pictures")
         return self.take(state, labels)
@@ -312,16 +312,25 @@ def check_image(image: Tensor) -> None:
 
 
 def noise(image: Tensor, seed: int, phase: str, start: int, count: int) -> Tensor:
-    """(count, 3, H, W) standard normal: samples start to start + count of the phase's stream, like `image`.
+    """(count, 3, H, W) standard normal: samples start to start + count of the phase's stream, a tensor of its own like
+    `image`.
 
     Drawn in float32 on the CPU, so that a GPU sees the same.
     """
     import torch  # here, so that a suite's certifiers can be checked without it
 
     first, last = start // NOISE_CHUNK, (start + count - 1) // NOISE_CHUNK
-    chunks = [_chunk(image.shape, derive_seed(seed, "certify", phase, number)) for number in range(first, last + 1)]
-    offset = start - first * NOISE_CHUNK
-    return torch.cat(chunks)[offset : offset + count].to(image)
+    drawn = torch.empty((count, *image.shape))
+    for number in range(first, last + 1):
+        offset = number * NOISE_CHUNK - start
+        chunk = _chunk(image.shape, derive_seed(seed, "certify", phase, number))
+        drawn[max(offset, 0) : offset + NOISE_CHUNK] = chunk[max(-offset, 0) : count - offset]
+    return drawn.to(image)
+
+
+def noisy(image: Tensor, sigma: float, seed: int, phase: str, start: int, count: int) -> Tensor:
+    """(count, 3, H, W): `image` plus sigma times the noise of these samples."""
+    return noise(image, seed, phase, start, count).mul_(sigma).add_(image)
 
 
 @functools.lru_cache(maxsize=2)

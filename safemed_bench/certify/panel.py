@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .base import Certificate, Certifier, State, check_image, noise
+from .base import Certificate, Certifier, State, check_image, noisy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,12 +59,9 @@ def _round(
     import torch
 
     wanted = {place: certifier.request(state, share) for place, state in states.items()}
-    noisy = [
-        images[place] + certifier.sigma * noise(images[place], states[place].seed, *request)
-        for place, request in wanted.items()
-    ]
+    copies = [noisy(images[place], certifier.sigma, states[place].seed, *request) for place, request in wanted.items()]
     owners = [place for place, request in wanted.items() for _ in range(request.size)]
-    found = list(predict(torch.cat(noisy), owners))
+    found = list(predict(torch.cat(copies), owners))
     if len(found) != len(owners):
         raise ValueError(f"predict gave {len(found)} answers for {len(owners)} pictures")
     moved = {}

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from ..certify.base import INVALID, noise
+from ..certify.base import INVALID, noisy
 from ..core.seeds import derive_seed
 from ..core.types import Answer, Question
 from .base import Batch, Decode, Text, VisionLanguageModel
@@ -102,8 +102,10 @@ class Smoothed:
 
         def ask(places: Sequence[int]) -> None:
             rows = [copies[place] for place in places]
-            noisy = [self._noisy(images[i], seeds[i], [n for _, n in some]) for i, some in groupby(rows, itemgetter(0))]
-            votes.extend(self.base.answer(batch.select([i for i, _ in rows]), torch.cat(noisy)))
+            copied = [
+                self._noisy(images[i], seeds[i], [n for _, n in some]) for i, some in groupby(rows, itemgetter(0))
+            ]
+            votes.extend(self.base.answer(batch.select([i for i, _ in rows]), torch.cat(copied)))
 
         for start in range(0, len(copies), AT_ONCE):
             self.in_batches("votes", range(start, min(start + AT_ONCE, len(copies))), ask)
@@ -111,7 +113,7 @@ class Smoothed:
 
     def _noisy(self, image: Tensor, seed: int, numbers: Sequence[int]) -> Tensor:
         """The copies of these (consecutive) numbers."""
-        return image + self.sigma * noise(image, seed, "vote", numbers[0], len(numbers))
+        return noisy(image, self.sigma, seed, "vote", numbers[0], len(numbers))
 
 
 def elect(votes: Sequence[Answer], alpha: float) -> Answer:
