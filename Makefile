@@ -15,13 +15,18 @@ INSTALLED := $(VENV)/.installed
 ENTRIES := base sft instruct cot warm safemed-r1 safemed-r1-smooth
 STAGES := base sft instruct cot warm safemed_r1 safemed_r1_smooth
 CONTROLS := at_sft grpo safemed_r1_instruct
+VARIANTS := r1-adversarial=stages.0.grpo.rollouts=adversarial r1-clean=stages.0.grpo.rollouts=clean \
+  r1-answer-ce=stages.0.adversary.objective=answer_ce r1-advantage=stages.0.adversary.objective=advantage \
+  r1-no-think=stages.0.adversary.objective=no_think r1-feature=stages.0.adversary.objective=feature \
+  r1-blind=stages.0.grpo.blind_penalty=0.5 r1-consistency=stages.0.grpo.consistency=0.5
+SEEDS := 1 2
 ZOO := safemed_bench/models/zoo
 
 # One thread per process: two processes of one thread each are faster than one of two threads.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo install test test-slow lint entries controls clean
+.PHONY: demo install test test-slow lint entries controls seeds clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -56,9 +61,22 @@ entries: $(INSTALLED)
 	@set -e; for name in $(STAGES); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
 	@set -e; for name in $(ENTRIES); do rm -rf $(ZOO)/$$name; cp -r runs/$$name/entry $(ZOO)/$$name; done
 
-# The controls that suites/omnimed_ablation.yaml measures beside them; after `make entries`, whose starts they share.
+# The controls that suites/omnimed_ablation.yaml measures, and safemed-r1 with one setting of AT-GRPO changed at a time;
+# after `make entries`, whose starts they share.
 controls: $(INSTALLED)
 	@set -e; for name in $(CONTROLS); do $(BIN)/safemed-bench train suites/train/$$name.yaml; done
+	@set -e; for one in $(VARIANTS); do \
+	  $(BIN)/safemed-bench train suites/train/safemed_r1.yaml --set name=$${one%%=*} --set $${one#*=}; done
+
+# The further training seeds that suites/omnimed_seeds.yaml measures, all from the one base.
+seeds: $(INSTALLED)
+	@set -e; for seed in $(SEEDS); do \
+	  for name in sft warm; do \
+	    $(BIN)/safemed-bench train suites/train/$$name.yaml --set seed=$$seed --set name=$$name-s$$seed; done; \
+	  $(BIN)/safemed-bench train suites/train/at_sft.yaml --set seed=$$seed --set name=at-sft-s$$seed \
+	    --set init=runs/warm-s$$seed/entry; \
+	  $(BIN)/safemed-bench train suites/train/safemed_r1.yaml --set seed=$$seed --set name=safemed-r1-s$$seed \
+	    --set init=runs/warm-s$$seed/entry; done
 
 # Caches and builds; keeps .venv, runs/ and reports/.
 clean:
