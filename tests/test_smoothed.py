@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from safemed_bench.datasets import load
 from safemed_bench.datasets.images import load_canvas
 from safemed_bench.models import load_model
 from safemed_bench.models.base import Batch, VisionLanguageModel
-from safemed_bench.models.smoothed import Smoothed, elect, labels
+from safemed_bench.models.smoothed import Smoothed, elect, labels, leader
 from safemed_bench.suite.schema import DataSpec, ModelSpec
 
 SIDE = 64
@@ -66,9 +67,15 @@ def test_verdicts_are_the_indices_of_answer(name: str, settings: dict, questions
 # -- the vote
 
 
-def vote(index: int | None, *logprobs: float) -> Answer:
-    status = "invalid" if index is None else "valid"
-    return Answer(index, status, f"says {index}", logprobs or (-0.1, -2.4), letter=index, tokens=(1,))
+def spoken(index: int, options: int = 4) -> Answer:
+    unread = index == INVALID
+    status = "invalid" if unread else "valid"
+    return Answer(None if unread else index, status, f"says {index}", (-1.0,) * options, letter=None, tokens=(1,))
+
+
+def elected(counts: Mapping[int, int], alpha: float, options: int = 4) -> Answer:
+    votes = [index for index, count in counts.items() for _ in range(count)]
+    return elect(votes, spoken(leader(votes), options), alpha)
 
 
 @pytest.mark.parametrize(
@@ -81,32 +88,31 @@ def vote(index: int | None, *logprobs: float) -> Answer:
         ({0: 50, 1: 50}, 0.999),
         ({0: 10}, 0.001),
         ({0: 11}, 0.001),
-        ({3: 70, 0: 15, None: 15}, 0.001),
+        ({3: 70, 0: 15, INVALID: 15}, 0.001),
     ],
 )
-def test_the_majority_answers_only_where_it_is_clear(counts: dict[int | None, int], alpha: float) -> None:
-    votes = [vote(index) for index, count in counts.items() for _ in range(count)]
+def test_the_majority_answers_only_where_it_is_clear(counts: dict[int, int], alpha: float) -> None:
     first, second = (*sorted(counts.values(), reverse=True), 0)[:2]
     p = min(1.0, 2 * binom.sf(first - 1, first + second, 0.5))  # two-sided: the law is symmetric
-    elected = elect(votes, alpha)
+    found = elected(counts, alpha)
     if p > alpha:
-        assert (elected.index, elected.status) == (None, "abstain")
+        assert (found.index, found.status) == (None, "abstain")
     else:
         winner = max(counts, key=counts.__getitem__)
-        assert (elected.index, elected.status, elected.text) == (winner, "valid", f"says {winner}")
+        assert (found.index, found.status, found.text) == (winner, "valid", f"says {winner}")
 
 
 def test_an_unreadable_answer_can_win_and_is_no_option() -> None:
-    elected = elect([vote(None)] * 80 + [vote(1)] * 20, 0.001)
-    assert (elected.index, elected.status) == (None, "invalid")
-    assert elect([vote(None)] * 55 + [vote(1)] * 45, 0.001).status == "abstain"
-    assert elect([vote(None)] * 20 + [vote(1)] * 80, 0.001).index == 1
+    found = elected({INVALID: 80, 1: 20}, 0.001)
+    assert (found.index, found.status) == (None, "invalid")
+    assert elected({INVALID: 55, 1: 45}, 0.001).status == "abstain"
+    assert elected({INVALID: 20, 1: 80}, 0.001).index == 1
 
 
-def test_scores_are_the_mean_probability_over_the_copies() -> None:
-    elected = elect([vote(0, -0.5, -1.0)] * 20 + [vote(0, -1.5, -0.25)] * 20, 0.001)
-    mean = (torch.tensor([-0.5, -1.0]).exp() + torch.tensor([-1.5, -0.25]).exp()) / 2
-    assert elected.option_logprobs == pytest.approx(mean.log().tolist(), abs=1e-6)
+def test_scores_are_shares_of_the_votes() -> None:
+    shares = [(30 + 0.5) / 42, 0.5 / 42, (8 + 0.5) / 42, 0.5 / 42]
+    assert elected({0: 30, 2: 8, INVALID: 2}, 0.001).option_logprobs == pytest.approx([math.log(s) for s in shares])
+    assert sum(math.exp(s) for s in elected({0: 30, 1: 10}, 0.001, options=2).option_logprobs) == pytest.approx(1)
 
 
 def by_hand(model: ToyVLM, batch: Batch, i: int, sigma: float, n: int, seed: int = 0) -> Counter:

@@ -6,6 +6,7 @@ smoothing-aware attacks (attacks/smoothadv.py) add the noise on their side.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -91,38 +92,59 @@ class Smoothed:
         """The majority's answer with status "abstain" where it is not clear, "invalid" where no option wins.
 
         The noise depends on the generator's initial seed (none: the deployed stream) and the question, not on the
-        batch. text: that of the first copy that answered like the majority. option_logprobs: log of the mean
-        probability over the copies.
+        batch. text: that of the first copy that answered like the majority. option_logprobs: log of each option's
+        share of the votes, half a vote added to every one.
         """
         seed = 0 if generator is None else generator.initial_seed()
         images = (pixels.detach() * 255).round().clamp(0, 255) / 255
         seeds = [derive_seed(seed, "smoothed", question.id) for question in batch.questions]
         copies = [(i, number) for i in range(len(batch)) for number in range(self.n)]
-        votes: list[Answer] = []
+        votes: list[int] = []
 
         def ask(places: Sequence[int]) -> None:
             rows = [copies[place] for place in places]
             copied = [
                 self._noisy(images[i], seeds[i], [n for _, n in some]) for i, some in groupby(rows, itemgetter(0))
             ]
-            votes.extend(self.base.answer(batch.select([i for i, _ in rows]), torch.cat(copied)))
+            votes.extend(labels(self.base, batch.select([i for i, _ in rows]), torch.cat(copied)))
 
         for start in range(0, len(copies), AT_ONCE):
             self.in_batches("votes", range(start, min(start + AT_ONCE, len(copies))), ask)
-        return [elect(votes[i * self.n : (i + 1) * self.n], self.alpha) for i in range(len(batch))]
+        ballots = [votes[i * self.n : (i + 1) * self.n] for i in range(len(batch))]
+        spoken = self._spoken(batch, images, seeds, ballots)
+        return [elect(ballot, answer, self.alpha) for ballot, answer in zip(ballots, spoken, strict=True)]
+
+    def _spoken(
+        self, batch: Batch, images: Tensor, seeds: Sequence[int], ballots: Sequence[Sequence[int]]
+    ) -> list[Answer]:
+        """In full what the first copy of each question said that voted like the majority."""
+        answers: list[Answer] = []
+
+        def ask(places: Sequence[int]) -> None:
+            chosen = [ballots[i].index(leader(ballots[i])) for i in places]
+            copied = [self._noisy(images[i], seeds[i], [n]) for i, n in zip(places, chosen, strict=True)]
+            answers.extend(self.base.answer(batch.select(list(places)), torch.cat(copied)))
+
+        self.in_batches("spoken", range(len(batch)), ask)
+        return answers
 
     def _noisy(self, image: Tensor, seed: int, numbers: Sequence[int]) -> Tensor:
         """The copies of these (consecutive) numbers."""
         return noisy(image, self.sigma, seed, "vote", numbers[0], len(numbers))
 
 
-def elect(votes: Sequence[Answer], alpha: float) -> Answer:
-    """The answer of the smoothed model, from its copies' answers."""
-    counts = Counter(INVALID if vote.index is None else vote.index for vote in votes)
-    (winner, most), second = counts.most_common(1)[0], sum(n for _, n in counts.most_common(2)[1:])
-    first = next(vote for vote in votes if (INVALID if vote.index is None else vote.index) == winner)
-    mean = torch.tensor([vote.option_logprobs for vote in votes], dtype=torch.float64).exp().mean(0).log()
-    shown = replace(first, option_logprobs=tuple(mean.tolist()))
+def leader(votes: Sequence[int]) -> int:
+    """The label with the most votes; of equals, the one that was voted for first."""
+    return Counter(votes).most_common(1)[0][0]
+
+
+def elect(votes: Sequence[int], spoken: Answer, alpha: float) -> Answer:
+    """The answer of the smoothed model: its copies' labels, told in the words of one that voted like the majority."""
+    counts, options = Counter(votes), len(spoken.option_logprobs)
+    winner = leader(votes)
+    most, second = counts[winner], sum(n for _, n in counts.most_common(2)[1:])
+    shares = [(counts[option] + 0.5) / (len(votes) + options / 2) for option in range(options)]
+    shown = replace(spoken, option_logprobs=tuple(math.log(share) for share in shares))
     if binomtest(most, most + second, 0.5).pvalue > alpha:
         return replace(shown, index=None, status="abstain")
-    return shown
+    return shown if winner == INVALID else replace(shown, index=winner, status="valid")
