@@ -84,6 +84,8 @@ def run(
     device: Device = None,
     batch_size: Batch = None,
     workers: Workers = None,
+    engine: Annotated[str | None, typer.Option(help="local (processes) or ray (a cluster's actors).")] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster: auto, host:port, ray://host:port.")] = None,
     output: Output = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on, or move the old journal aside.")] = True,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Measure again what ended in an error.")] = False,
@@ -98,7 +100,13 @@ def run(
     from .commands.measure import run as work
 
     request = _request(
-        limit, model, filter, set, plugin, offline, _flags(seed, device, batch_size, workers, fail_on_error)
+        limit,
+        model,
+        filter,
+        set,
+        plugin,
+        offline,
+        _flags(seed, device, batch_size, workers, fail_on_error, engine, address),
     )
     work(
         suites,
@@ -256,6 +264,8 @@ def _flags(
     batch_size: str | None = None,
     workers: str | None = None,
     fail_on_error: float | None = None,
+    engine: str | None = None,
+    address: str | None = None,
 ) -> dict[str, tuple[str, object]]:
     """Suite key -> the flag that sets it, and its value; None leaves the suite's own."""
     return {
@@ -264,6 +274,8 @@ def _flags(
         "run.batch_size": ("--batch-size", batch_size),
         "run.workers": ("--workers", workers),
         "run.fail_on_error": ("--fail-on-error", fail_on_error),
+        "run.engine": ("--engine", engine),
+        "run.address": ("--address", address),
     }
 
 

@@ -19,7 +19,7 @@ from safemed_bench.datasets.base import Dataset
 from safemed_bench.datasets.images import load_canvas
 from safemed_bench.run import ModelsFailedError, artefacts, devices
 from safemed_bench.run.batching import BatchSizer, is_out_of_memory
-from safemed_bench.run.engine import FAULTS_IN_A_ROW, Brake
+from safemed_bench.run.dispatch import FAULTS_IN_A_ROW, Brake
 from safemed_bench.run.progress import PlainReporter, QuietReporter, clock
 from safemed_bench.run.stop import resume_command
 from safemed_bench.suite.plan import Plan

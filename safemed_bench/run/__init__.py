@@ -14,8 +14,8 @@ import yaml
 from ..core.errors import IncompleteError, ModelError, SafeMedError, UsageError
 from ..core.journal import Journal, disk_full, full_message, read, to_line, write_atomic
 from . import artefacts, partial
-from .devices import choose_devices
-from .engine import Event, LocalEngine
+from .dispatch import Event
+from .engines import Engine, Means, open_engine
 from .messages import Done, Fatal, Job, ModelFailed, Note, Ready, Settings
 from .plans import jobs_of
 from .progress import Reporter, Reporting, make_reporter
@@ -60,11 +60,14 @@ def execute(
     workers: int | str | None = None,
     batch_size: int | str | None = None,
     device: str | None = None,
+    engine: str | None = None,
+    address: str | None = None,
     plugins: Sequence[str | Path] = (),
 ) -> RunOutcome:
     """Measure every unit of `plan` that `output` holds no record of; returns when all are there.
 
-    None takes the suite's own word for `workers`, `batch_size` and `device`; none of the three changes a verdict.
+    None takes the suite's own word for `workers`, `batch_size`, `device`, `engine` (local or ray) and `address` (of a
+    Ray cluster); none of them changes a verdict.
     resume=False moves an old journal aside first. retry_errors measures units again whose record is an error.
     Writes suite.yaml, run.json, journal.jsonl, artefacts/ and, at the end, records.jsonl in the order of the plan.
 
@@ -85,8 +88,8 @@ def execute(
     )
     with _disk_errors(output), Journal(output, resume=resume) as journal:
         work = Work(plan, journal, reporter or make_reporter(), retry_errors)
-        devices = choose_devices(device or run.device, workers or run.workers, len(work.jobs))
-        return work.run(settings, devices)
+        means = Means(engine or run.engine, address or run.address, workers or run.workers, device or run.device)
+        return work.run(open_engine(settings, means, len(work.jobs)) if work.jobs else None)
 
 
 class Work:
@@ -103,16 +106,17 @@ class Work:
         self.began = time.monotonic()
         self.failed_models: dict[str, str] = {}
 
-    def run(self, settings: Settings, devices: Sequence[str]) -> RunOutcome:
+    def run(self, engine: Engine | None) -> RunOutcome:
+        """None where nothing is left to do."""
         folder = self.journal.folder
         _sweep(folder)
         write_atomic(folder / SUITE, yaml.safe_dump(self.plan.suite.to_dict(), sort_keys=False).encode())
-        run_file = RunFile(folder, self.plan, devices if self.jobs else ())
+        run_file = RunFile(folder, self.plan, engine.devices if engine else ())
         try:
             with Reporting(self.reporter), StopSignals() as stop:
                 self._announce()
-                if self.jobs:
-                    self._loop(settings, devices, run_file, stop)
+                if engine:
+                    self._loop(engine, run_file, stop)
         except BaseException as error:
             run_file.finish(type(error).__name__)
             raise
@@ -135,8 +139,8 @@ class Work:
         if strangers := len(journal.records.keys() - set(self.keys)):
             say(f"{strangers} records of another plan stay in {journal.path} and are not used")
 
-    def _loop(self, settings: Settings, devices: Sequence[str], run_file: RunFile, stop: StopSignals) -> None:
-        with LocalEngine(settings, devices) as engine:
+    def _loop(self, engine: Engine, run_file: RunFile, stop: StopSignals) -> None:
+        with engine:
             for event in engine.run(self.jobs):
                 self._take(event, run_file)
                 self.reporter.tick()

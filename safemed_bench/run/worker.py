@@ -1,4 +1,7 @@
-"""A worker process: takes jobs from a pipe, answers with records. torch is imported inside it, never in the parent."""
+"""A worker: takes jobs, answers with records; here as a process at the end of a pipe, in ray_engine.py as an actor.
+
+torch is imported inside it, never in the parent.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -27,6 +31,20 @@ def main(pipe: Connection, settings: Settings, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # with clean-up, unlike the system's default
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    up = start(settings, device)
+    pipe.send(up)
+    if isinstance(up, Fatal):
+        return
+    worker = Worker(pipe.send, settings, device)
+    try:
+        while True:
+            pipe.send(worker.answer(pipe.recv()))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def start(settings: Settings, device: str) -> Ready | Fatal:
+    """Make this process a worker's: its output to the log, one thread on a CPU core, the plugins of the run."""
     try:
         _log_to(settings)
         hardware = _prepare(device)
@@ -34,15 +52,8 @@ def main(pipe: Connection, settings: Settings, device: str) -> None:
             load_plugin_file(plugin)
     except Exception as error:
         traceback.print_exc()
-        pipe.send(Fatal(f"a worker cannot start: {_words(error)}"))
-        return
-    pipe.send(Ready(hardware))
-    worker = Worker(pipe, settings, device)
-    try:
-        while True:
-            pipe.send(worker.answer(pipe.recv()))
-    except (EOFError, BrokenPipeError):
-        return
+        return Fatal(f"a worker cannot start: {_words(error)}")
+    return Ready(hardware)
 
 
 def _die_with_parent() -> None:
@@ -80,10 +91,13 @@ def _prepare(device: str) -> dict[str, Any]:
 
 
 class Worker:
-    """Keeps the model of the last job, so that jobs in the order of models load each of them once."""
+    """Keeps the model of the last job, so that jobs in the order of models load each of them once.
 
-    def __init__(self, pipe: Connection, settings: Settings, device: str) -> None:
-        self.pipe, self.settings, self.device = pipe, settings, device
+    tell: takes what the user should know while a job is at work.
+    """
+
+    def __init__(self, tell: Callable[[Note], None], settings: Settings, device: str) -> None:
+        self.tell, self.settings, self.device = tell, settings, device
         self._held: tuple[Any, Any] | None = None
 
     def answer(self, job: Job) -> Done | Failed | ModelFailed | Fatal:
@@ -114,7 +128,7 @@ class Worker:
         self._forget()
         side = job.model.resolution or self.settings.resolution
         model = load_model(job.model, side, device=self.device, dtype=self.settings.dtype)
-        sizer = BatchSizer(self.settings.batch_size, self._forget, lambda text: self.pipe.send(Note(text)))
+        sizer = BatchSizer(self.settings.batch_size, self._forget, lambda text: self.tell(Note(text)))
         if job.model.smooth is not None:
             model.in_batches = sizer.map  # type: ignore[attr-defined]
         self._held = (job.model, Bench(model, self.settings, sizer))

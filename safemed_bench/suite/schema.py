@@ -201,6 +201,12 @@ class RunSpec(Part):
     chunk: Count = Field(default=50, description="Questions per work chunk; fixed, so that workers change nothing.")
     workers: CountOrAuto = Field(default="auto", description="Processes; auto is one per GPU, or one per core.")
     device: Text = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="Processes of this machine, or actors of a Ray cluster (docs/cluster.md)."
+    )
+    address: Text | None = Field(
+        default=None, description="Of a Ray cluster: auto, host:port or ray://host:port; without one, this machine."
+    )
     dtype: Dtype = Field(default="auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
     fail_on_error: Number = Field(default=0.0, ge=0, le=1, description="Share of units that may end in an error.")
     output: Text | None = Field(default=None, description="Folder of the run; by default reports/<suite name>.")
