@@ -1,7 +1,8 @@
 """The Ray engine: one actor per device of a cluster, this machine's own or one that is there already.
 
-Where an actor runs, that it starts again where it died, and that a lost node's actors move to another are Ray's; what
-becomes of their jobs is dispatch.py's, as with the local engine. So are the records: an actor is the same worker.
+Which node an actor runs on, and whether one is still there, is for Ray to say; an actor that died, with its node or
+alone, is replaced by a new one, wherever there is room. What becomes of their jobs is dispatch.py's, as with the local
+engine. So are the records: an actor is the same worker.
 All nodes must see the run's folder, the data and the models at the same paths.
 """
 
@@ -30,7 +31,7 @@ PATIENCE = 60.0
 """Seconds without a single worker until the user is told that the cluster has no room."""
 
 START_FAILURES = 3
-"""Starts of one actor that end in its death, one after the other, until the run is given up."""
+"""Actors that die before they are up, one after the other, until the run is given up."""
 
 Said = tuple[list[Note], Done | Failed | ModelFailed | Fatal | Ready]
 
@@ -65,10 +66,9 @@ class RemoteWorker:
 
 @dataclass(slots=True, kw_only=True)
 class Hand(Member):
-    """An actor. `deaths`: since it last was up."""
+    """An actor."""
 
     actor: Any
-    deaths: int = 0
 
 
 class RayEngine:
@@ -83,6 +83,7 @@ class RayEngine:
         self._settings = settings
         self._hands: list[Hand] = []
         self._pending: dict[Any, Hand] = {}
+        self._failed_starts = 0
         self._mine = not ray.is_initialized()
         if self._mine:
             _connect(address)
@@ -125,13 +126,10 @@ class RayEngine:
                 yield Note(f"waiting for the cluster: it has no room for a worker ({_needs(self._gpu)})")
 
     def _hire(self) -> None:
-        kind = ray.remote(max_restarts=-1, max_task_retries=0, num_cpus=1, num_gpus=int(self._gpu))(RemoteWorker)
+        kind = ray.remote(num_cpus=1, num_gpus=int(self._gpu))(RemoteWorker)
         device = "cuda:0" if self._gpu else "cpu"  # Ray shows an actor no GPU but its own
         hand = Hand(device, actor=kind.remote(self._settings, device, str(Path.cwd())))
         self._hands.append(hand)
-        self._start(hand)
-
-    def _start(self, hand: Hand) -> None:
         self._pending[hand.actor.start.remote()] = hand
 
     def _deal(self, hand: Hand, dispatch: Dispatch) -> None:
@@ -153,20 +151,21 @@ class RayEngine:
         except RayError as error:  # the answer was lost, or could not be sent
             notes, message = [], Failed(_first_line(error))
         if isinstance(message, Ready):
-            hand.deaths = 0
+            self._failed_starts = 0
         events = [*notes, *dispatch.heard(hand, message)]
         self._deal(hand, dispatch)
         return events
 
     def _bury(self, hand: Hand, dispatch: Dispatch, cause: str) -> list[Event]:
-        """Ray starts the actor again, on this node or another; it has to be told who it is."""
+        """An actor is gone, perhaps with its node: another takes its place."""
+        ray.kill(hand.actor)  # one that is merely out of reach must not come back
+        self._hands.remove(hand)
         if not hand.ready:
-            hand.deaths += 1
-            if hand.deaths >= START_FAILURES:
+            self._failed_starts += 1
+            if self._failed_starts >= START_FAILURES:
                 return [Fatal(f"workers die as soon as they start ({cause}); see {worker.LOG}")]
-        events = dispatch.lost(hand, cause)
-        self._start(hand)
-        return events
+        self._hire()
+        return dispatch.lost(hand, cause)
 
 
 def _connect(address: str | None) -> None:
