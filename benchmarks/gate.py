@@ -11,9 +11,10 @@ the others each has its own. A question flips either way with chance noise / 2, 
 `gate` cases hold whole gates, made of eight modalities, to the same: the default rules on a run that differs from its
 baseline by noise alone, and on one whose modality lost the printed drop.
 
-A rate counts as above 5% where an exact binomial test at level 0.001 says so. Nobody else has a gate for robustness; as
-`peer` stands the one-sided exact McNemar test, which knows neither margins nor images, with its time and false alarms.
-`same_verdicts`: every promise of the case was kept.
+A rate counts as above 5%, or as more than 5 pp off a claim, where an exact binomial test at level 0.001 says so: of few
+simulations a rate is noise itself (87% in 300 where 6,000 give 81.7%), and the full run has 2,000. Nobody else has a
+gate for robustness; as `peer` stands the one-sided exact McNemar test, which knows neither margins nor images, with its
+time and false alarms. `same_verdicts`: every promise of the case was kept.
 """
 
 from __future__ import annotations
@@ -75,6 +76,13 @@ def kept(hits: int, sims: int) -> bool:
     return bool(binomtest(hits, sims, ALPHA, alternative="greater").pvalue > 0.001)
 
 
+def close(hits: int, sims: int, claim: float) -> bool:
+    """Whether a rate may well be within TOLERANCE of what was claimed."""
+    too_low = binomtest(hits, sims, max(claim - TOLERANCE, 0.0), alternative="less").pvalue
+    too_high = binomtest(hits, sims, min(claim + TOLERANCE, 1.0), alternative="greater").pvalue
+    return bool(min(too_low, too_high) > 0.001)
+
+
 def test_cases(n: int, noise: float, sims: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
     """One case per margin and known drop, and one at the printed smallest detectable drop."""
     found = {drop: sample(rng, World(n, noise, drop), sims) for drop in DROPS}
@@ -98,7 +106,7 @@ def test_case(
         promises.append(kept(regressed, sims))
     else:
         claim = claim if claim is not None else statistics.mean(p.power(world.drop, margin, ALPHA) for p in pilots)
-        promises.append(abs(regressed / sims - claim) <= TOLERANCE)
+        promises.append(close(regressed, sims, claim))
     if world.drop >= margin:
         promises.append(kept(passed, sims))
     name = f"n {world.n}, noise {world.noise:.0%}, drop {world.drop:.1%}, margin {margin:.0%}"
@@ -150,7 +158,7 @@ def gate_case(
         claims += [t.detectable for t in outcome.tests if t.slice == MODALITIES[0] and t.detectable is not None]
     seconds = time.perf_counter() - began
     rate = regressed / sims
-    good = kept(regressed, sims) if not drop else abs(rate - POWER) <= TOLERANCE
+    good = kept(regressed, sims) if not drop else close(regressed, sims, POWER)
     return {
         "name": f"gate: {name}",
         "n": each * len(MODALITIES),
