@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ from safemed_bench.results.sources import Measured
 ALPHA, POWER, TOLERANCE = 0.05, 0.8, 0.05
 MARGINS = (0.0, 0.02)
 DROPS = (0.0, 0.01, 0.02, 0.05, 0.10)
+CHECKED = 50
+"""Of the fast tests one in so many is also made by the package, and must be the same."""
 PILOTS = 200
 """Runs without a drop whose claims are averaged."""
 
@@ -68,7 +71,40 @@ def draw(rng: np.random.Generator, world: World) -> tuple[np.ndarray, np.ndarray
 
 
 def sample(rng: np.random.Generator, world: World, sims: int) -> list[PairedDrop]:
-    return [paired_drop(*draw(rng, world)) for _ in range(sims)]
+    """One test per pair of runs. Raises AssertionError where a checked one is not the package's own."""
+    return [quick_drop(*draw(rng, world), check=i % CHECKED == 0) for i in range(sims)]
+
+
+def quick_drop(before: np.ndarray, after: np.ndarray, images: np.ndarray, check: bool) -> PairedDrop:
+    """`paired_drop` from sums per image instead of two regressions, up to twenty times as fast."""
+    difference, sizes = before - after, np.bincount(images).astype(float)
+    sums, n = np.bincount(images, weights=difference), len(difference)
+    squares = float(np.sum(difference**2))
+    most = n / len(sizes)
+    _, alone, together = moments(sums, sizes, squares)
+    weight = min(max(together / alone, 1.0), most) if np.ptp(difference) else most
+    added = np.array([weight, weight])
+    centre, alone, together = moments(
+        np.concatenate((sums, added * (1.0, -1.0))), np.concatenate((sizes, added)), squares + 2 * weight, n + 2
+    )
+    effect = max(together / alone, 1.0)
+    lost, gained = int(np.sum(difference > 0)), int(np.sum(difference < 0))
+    found = PairedDrop(n, len(sizes), lost, gained, centre, math.sqrt(alone * effect), weight, effect)
+    if check:
+        np.testing.assert_allclose(astuple(found), astuple(paired_drop(before, after, images)), rtol=1e-9, atol=1e-12)
+    return found
+
+
+def moments(
+    sums: np.ndarray, weights: np.ndarray, squares: float, count: int | None = None
+) -> tuple[float, float, float]:
+    """Mean, its variance were all values independent, and its cluster-robust variance (one degree of freedom spent,
+    G / (G - 1) for G clusters), from weighted sums and weights per cluster and the weighted sum of squares."""
+    total, clusters = weights.sum(), len(sums)
+    centre = sums.sum() / total
+    alone = (squares - total * centre**2) / ((total if count is None else count) - 1) / total
+    together = np.sum((sums - centre * weights) ** 2) / total**2 * clusters / (clusters - 1)
+    return float(centre), float(alone) or math.inf, float(together)
 
 
 def kept(hits: int, sims: int) -> bool:
@@ -215,7 +251,7 @@ def peer(n: int, noise: float, sims: int, rng: np.random.Generator) -> dict[str,
 
 def cases(quick: bool, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(20261125)
-    sims = 300 if quick else 2000
+    sims = 1000 if quick else 2000
     for n in sizes or ((100, 2000) if quick else (100, 256, 1000, 4000, 17662)):
         for noise in (0.1,) if quick else (0.05, 0.1, 0.2, 0.3):
             yield from test_cases(n, noise, sims, rng)
