@@ -140,6 +140,8 @@ def test_the_whole_gate_is_simulated(benchmark: ModuleType) -> None:
 
 def test_a_rate_that_is_too_high_is_noticed(benchmark: ModuleType) -> None:
     assert benchmark.kept(100, 2000) and not benchmark.kept(140, 2000)
+    assert benchmark.close(1620, 2000, 0.8) and not any(benchmark.close(k, 2000, 0.8) for k in (1400, 1800))
+    assert benchmark.close(261, 300, 0.8), "87% in 300 may well be the 81.7% that it is in 6,000"
 
 
 # --- verdicts ---
