@@ -25,7 +25,9 @@ from safemed_bench.core.types import Question
 from safemed_bench.datasets import ask
 from safemed_bench.suite.schema import DataSpec
 
-PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+REPO = Path(__file__).parents[1]
+PAGE, README = (REPO / "docs" / "plugins.md").read_text(), (REPO / "README.md").read_text()
+ZOO = REPO / "safemed_bench" / "models" / "zoo"
 BLOCKS = {
     match[2]: match[3] for match in re.finditer(r"```(python|yaml|toml)\n# (\S+)\n(.*?)```", PAGE, flags=re.DOTALL)
 }
@@ -177,6 +179,21 @@ def test_a_reward_is_trained_for(folder: Path) -> None:
     assert rewards and all(0 < value < 1 for value in rewards)
 
 
+def test_the_readme_shows_the_same_and_a_suite_that_runs(folder: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        name, _, text = code.partition("\n")
+        assert BLOCKS[name.removeprefix("# ")] == text
+    (suite,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    Path("my_suite.yaml").write_text(suite)
+    mine = (f"models.0.path={ZOO / 'sft'}", "models.0.prompt=bare", "data.root=", "data.resolution=64")
+    small = ("conditions.3.steps=2", "conditions.3.params.apgd_steps=2", "conditions.3.params.queries=2")
+    assert "safemed-bench run my_suite.yaml\n" in README
+    assert cli.invoke(["run", "my_suite.yaml", "--quiet", *few(*mine, *small)]) == 0
+    records = read(folder / "reports" / "my_suite")
+    assert {r["model"] for r in records} == {"mine"}
+    assert all(r["extra"]["stage"] for r in attacked(records, "safemed-attack") if not r["correct"])
+
+
 def test_entry_points_of_an_installed_package_need_no_flag(folder: Path) -> None:
     package = tomllib.loads(BLOCKS["pyproject.toml"])["project"]
     meta = folder / f"{package['name'].replace('-', '_')}-{package['version']}.dist-info"
@@ -186,7 +203,7 @@ def test_entry_points_of_an_installed_package_need_no_flag(folder: Path) -> None
     lines = [f"[{group}]\n" + "\n".join(f"{k} = {v}" for k, v in points.items()) for group, points in groups]
     (meta / "entry_points.txt").write_text("\n".join(lines))
     Path("both.yaml").write_text("name: both\nmodels: [my-model]\nconditions: [clean, {attack: my-attack, steps: 3}]\n")
-    paths = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+    paths = os.pathsep.join([str(folder), str(REPO)])
     done = subprocess.run(
         [sys.executable, "-m", "safemed_bench", "run", "both.yaml", "--quiet", *few("data.per_modality=2")],
         env=os.environ | {"PYTHONPATH": paths},
