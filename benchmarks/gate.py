@@ -267,6 +267,32 @@ def line(case: Mapping[str, Any]) -> str:
     return f"{word}  {case['name']}: regressed {case['regressed']:.1%}{claim}{passed}{other}"
 
 
+def table(cases: Sequence[Mapping[str, Any]]) -> str:
+    """The `test` cases in short, as Markdown: per n the worst of every promise, over all flips and margins."""
+    head = ("n", "false alarm", "false pass", "printed drop, pp", "regressed at it", "largest gap to a claim, pp")
+    rows = [head, ("---:",) * len(head)]
+    tests = [case for case in cases if case["name"].startswith("test:")]
+    for n in sorted({case["n"] for case in tests}):
+        own = [case for case in tests if case["n"] == n]
+        printed = [case for case in own if "printed" in case["name"]]
+        claims = [case for case in own if case["drop"] > case["margin"]]
+        rows.append(
+            (
+                f"{n:,}",
+                f"{100 * max(c['regressed'] for c in own if c['drop'] <= c['margin']):.1f}%",
+                f"{100 * max(c['passed'] for c in own if c['drop'] >= c['margin']):.1f}%",
+                span([100 * case["drop"] for case in printed if not case["margin"]]),
+                f"{span([100 * case['regressed'] for case in printed])}%",
+                f"{100 * max(abs(c['regressed'] - c['claimed_power']) for c in claims):.1f}",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def span(values: Sequence[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute: fewer sizes and runs")
@@ -281,7 +307,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"cases": found}))
     else:
-        print(f"{sum(c['same_verdicts'] for c in found)} of {len(found)} cases kept every promise")
+        print(f"{sum(c['same_verdicts'] for c in found)} of {len(found)} cases kept every promise\n\n{table(found)}")
 
 
 if __name__ == "__main__":
