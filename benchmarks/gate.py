@@ -11,19 +11,21 @@ the others each has its own. A question flips either way with chance noise / 2, 
 `gate` cases hold whole gates, made of eight modalities, to the same: the default rules on a run that differs from its
 baseline by noise alone, and on one whose modality lost the printed drop.
 
-A rate counts as above 5% where an exact binomial test at level 0.001 says so. Nobody else has a gate for robustness; as
-`peer` stands the one-sided exact McNemar test, which knows neither margins nor images, with its time and false alarms.
-`same_verdicts`: every promise of the case was kept.
+A rate counts as above 5%, or as more than 5 pp off a claim, where an exact binomial test at level 0.001 says so: of few
+simulations a rate is noise itself (87% in 300 where 6,000 give 81.7%), and the full run has 2,000. Nobody else has a
+gate for robustness; as `peer` stands the one-sided exact McNemar test, which knows neither margins nor images, with its
+time and false alarms. `same_verdicts`: every promise of the case was kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ from safemed_bench.results.sources import Measured
 ALPHA, POWER, TOLERANCE = 0.05, 0.8, 0.05
 MARGINS = (0.0, 0.02)
 DROPS = (0.0, 0.01, 0.02, 0.05, 0.10)
+CHECKED = 50
+"""Of the fast tests one in so many is also made by the package, and must be the same."""
 PILOTS = 200
 """Runs without a drop whose claims are averaged."""
 
@@ -67,12 +71,52 @@ def draw(rng: np.random.Generator, world: World) -> tuple[np.ndarray, np.ndarray
 
 
 def sample(rng: np.random.Generator, world: World, sims: int) -> list[PairedDrop]:
-    return [paired_drop(*draw(rng, world)) for _ in range(sims)]
+    """One test per pair of runs. Raises AssertionError where a checked one is not the package's own."""
+    return [quick_drop(*draw(rng, world), check=i % CHECKED == 0) for i in range(sims)]
+
+
+def quick_drop(before: np.ndarray, after: np.ndarray, images: np.ndarray, check: bool) -> PairedDrop:
+    """`paired_drop` from sums per image instead of two regressions, up to twenty times as fast."""
+    difference, sizes = before - after, np.bincount(images).astype(float)
+    sums, n = np.bincount(images, weights=difference), len(difference)
+    squares = float(np.sum(difference**2))
+    most = n / len(sizes)
+    _, alone, together = moments(sums, sizes, squares)
+    weight = min(max(together / alone, 1.0), most) if np.ptp(difference) else most
+    added = np.array([weight, weight])
+    centre, alone, together = moments(
+        np.concatenate((sums, added * (1.0, -1.0))), np.concatenate((sizes, added)), squares + 2 * weight, n + 2
+    )
+    effect = max(together / alone, 1.0)
+    lost, gained = int(np.sum(difference > 0)), int(np.sum(difference < 0))
+    found = PairedDrop(n, len(sizes), lost, gained, centre, math.sqrt(alone * effect), weight, effect)
+    if check:
+        np.testing.assert_allclose(astuple(found), astuple(paired_drop(before, after, images)), rtol=1e-9, atol=1e-12)
+    return found
+
+
+def moments(
+    sums: np.ndarray, weights: np.ndarray, squares: float, count: int | None = None
+) -> tuple[float, float, float]:
+    """Mean, its variance were all values independent, and its cluster-robust variance (one degree of freedom spent,
+    G / (G - 1) for G clusters), from weighted sums and weights per cluster and the weighted sum of squares."""
+    total, clusters = weights.sum(), len(sums)
+    centre = sums.sum() / total
+    alone = (squares - total * centre**2) / ((total if count is None else count) - 1) / total
+    together = np.sum((sums - centre * weights) ** 2) / total**2 * clusters / (clusters - 1)
+    return float(centre), float(alone) or math.inf, float(together)
 
 
 def kept(hits: int, sims: int) -> bool:
     """Whether a rate may well be at most alpha."""
     return bool(binomtest(hits, sims, ALPHA, alternative="greater").pvalue > 0.001)
+
+
+def close(hits: int, sims: int, claim: float) -> bool:
+    """Whether a rate may well be within TOLERANCE of what was claimed."""
+    too_low = binomtest(hits, sims, max(claim - TOLERANCE, 0.0), alternative="less").pvalue
+    too_high = binomtest(hits, sims, min(claim + TOLERANCE, 1.0), alternative="greater").pvalue
+    return bool(min(too_low, too_high) > 0.001)
 
 
 def test_cases(n: int, noise: float, sims: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
@@ -98,7 +142,7 @@ def test_case(
         promises.append(kept(regressed, sims))
     else:
         claim = claim if claim is not None else statistics.mean(p.power(world.drop, margin, ALPHA) for p in pilots)
-        promises.append(abs(regressed / sims - claim) <= TOLERANCE)
+        promises.append(close(regressed, sims, claim))
     if world.drop >= margin:
         promises.append(kept(passed, sims))
     name = f"n {world.n}, noise {world.noise:.0%}, drop {world.drop:.1%}, margin {margin:.0%}"
@@ -150,7 +194,7 @@ def gate_case(
         claims += [t.detectable for t in outcome.tests if t.slice == MODALITIES[0] and t.detectable is not None]
     seconds = time.perf_counter() - began
     rate = regressed / sims
-    good = kept(regressed, sims) if not drop else abs(rate - POWER) <= TOLERANCE
+    good = kept(regressed, sims) if not drop else close(regressed, sims, POWER)
     return {
         "name": f"gate: {name}",
         "n": each * len(MODALITIES),
@@ -207,7 +251,7 @@ def peer(n: int, noise: float, sims: int, rng: np.random.Generator) -> dict[str,
 
 def cases(quick: bool, sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(20261125)
-    sims = 300 if quick else 2000
+    sims = 1000 if quick else 2000
     for n in sizes or ((100, 2000) if quick else (100, 256, 1000, 4000, 17662)):
         for noise in (0.1,) if quick else (0.05, 0.1, 0.2, 0.3):
             yield from test_cases(n, noise, sims, rng)
@@ -221,6 +265,32 @@ def line(case: Mapping[str, Any]) -> str:
     other = f", peer {case['peer_regressed']:.1%}" if "peer_regressed" in case else ""
     word = "kept  " if case["same_verdicts"] else "BROKEN"
     return f"{word}  {case['name']}: regressed {case['regressed']:.1%}{claim}{passed}{other}"
+
+
+def table(cases: Sequence[Mapping[str, Any]]) -> str:
+    """The `test` cases in short, as Markdown: per n the worst of every promise, over all flips and margins."""
+    head = ("n", "false alarm", "false pass", "printed drop, pp", "regressed at it", "largest gap to a claim, pp")
+    rows = [head, ("---:",) * len(head)]
+    tests = [case for case in cases if case["name"].startswith("test:")]
+    for n in sorted({case["n"] for case in tests}):
+        own = [case for case in tests if case["n"] == n]
+        printed = [case for case in own if "printed" in case["name"]]
+        claims = [case for case in own if case["drop"] > case["margin"]]
+        rows.append(
+            (
+                f"{n:,}",
+                f"{100 * max(c['regressed'] for c in own if c['drop'] <= c['margin']):.1f}%",
+                f"{100 * max(c['passed'] for c in own if c['drop'] >= c['margin']):.1f}%",
+                span([100 * case["drop"] for case in printed if not case["margin"]]),
+                f"{span([100 * case['regressed'] for case in printed])}%",
+                f"{100 * max(abs(c['regressed'] - c['claimed_power']) for c in claims):.1f}",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def span(values: Sequence[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def main() -> None:
@@ -237,7 +307,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"cases": found}))
     else:
-        print(f"{sum(c['same_verdicts'] for c in found)} of {len(found)} cases kept every promise")
+        print(f"{sum(c['same_verdicts'] for c in found)} of {len(found)} cases kept every promise\n\n{table(found)}")
 
 
 if __name__ == "__main__":

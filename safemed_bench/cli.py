@@ -189,11 +189,13 @@ def show(
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, see suites/train/.")],
     set: Set = None,
+    plugin: Plugin = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the last checkpoint.")] = True,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Train an entry; the same command goes on from the last checkpoint."""
+    _load_plugins(plugin)
     from .training import train as work
 
     print(work(config, tuple(set or ()), resume=resume, quiet=quiet))

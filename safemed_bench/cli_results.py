@@ -33,7 +33,7 @@ def compare(
     condition: Annotated[list[str] | None, typer.Option(help="Only this condition, such as worst@linf:4/255.")] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="CHECK", help="Compare although prompt, extraction or objectives differ."),
+        typer.Option(metavar="CHECK", help="Compare although prompt, extraction, objectives or certificates differ."),
     ] = None,
     json: Json = False,
     verbose: Verbose = False,

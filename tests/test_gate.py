@@ -140,6 +140,8 @@ def test_the_whole_gate_is_simulated(benchmark: ModuleType) -> None:
 
 def test_a_rate_that_is_too_high_is_noticed(benchmark: ModuleType) -> None:
     assert benchmark.kept(100, 2000) and not benchmark.kept(140, 2000)
+    assert benchmark.close(1620, 2000, 0.8) and not any(benchmark.close(k, 2000, 0.8) for k in (1400, 1800))
+    assert benchmark.close(261, 300, 0.8), "87% in 300 may well be the 81.7% that it is in 6,000"
 
 
 # --- verdicts ---
@@ -380,8 +382,11 @@ def test_the_workflow_is_yaml_and_calls_what_exists() -> None:
 
 def test_the_documented_rule_is_valid_and_the_defaults_are_as_documented() -> None:
     text = (REPO / "docs" / "ci.md").read_text()
-    (block,) = re.findall(r"```yaml\n(gate:.*?)```", text, re.DOTALL)
-    suite = Suite.model_validate({**SETTINGS, **yaml.safe_load(block)})
-    assert Rule(**suite.gate[0].model_dump()) == Rule(slice="each")
+    blocks = re.findall(r"```yaml\n(gate:.*?)```", text, re.DOTALL)
+    suites = [Suite.model_validate({**SETTINGS, **yaml.safe_load(block)}) for block in blocks]
+    assert [Rule(**suite.gate[0].model_dump()) for suite in suites] == [
+        Rule(slice="each"),
+        Rule("certified_accuracy", condition="certified@l2:0.25", allowed_drop=5),
+    ]
     assert [rule.allowed_drop for rule in DEFAULT_RULES] == [3, 5, 15]
     assert "clean accuracy may drop 3 pp, the worst case at the headline eps 5 pp, and in\neach modality 15 pp" in text

@@ -31,10 +31,9 @@ def _at_least_float32(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def _margin(scores: Tensor, targets: Tensor) -> Tensor:
-    """(B,) best other score minus the true one; -inf where there is no other."""
-    true = scores.gather(1, targets[:, None]).squeeze(1)
-    return scores.scatter(1, targets[:, None], -torch.inf).amax(dim=1) - true
+def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """(B,) among the options that exist; -inf elsewhere adds nothing to it."""
+    return cross_entropy(scores, targets, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class _Letter(Scored):
     model: VisionLanguageModel
     batch: Batch
     text: tuple[Text, ...] | None
-    margin: bool = False
+    loss: Callable[[Tensor, Tensor], Tensor] = _cross_entropy
     extra: tuple[dict[str, Any], ...] = ()
 
     def __call__(self, pixels: Tensor) -> Reading:
@@ -56,12 +55,11 @@ class _Letter(Scored):
         return _at_least_float32(self.model.option_logits(self.batch, pixels, self.text))
 
     def loss_of(self, scores: Tensor, targets: Tensor) -> Tensor:
-        # Cross-entropy among the options that exist; -inf elsewhere adds nothing to it.
-        return _margin(scores, targets) if self.margin else cross_entropy(scores, targets, reduction="none")
+        return self.loss(scores, targets)
 
     def select(self, rows: Tensor) -> _Letter:
         text = _pick(self.text, rows) if self.text is not None else None
-        return _Letter(self.model, self.batch.select(rows), text, self.margin)
+        return _Letter(self.model, self.batch.select(rows), text, self.loss)
 
 
 @dataclass(frozen=True)
@@ -177,15 +175,18 @@ class AnswerToken(Objective):
     """Cross-entropy of the true letter at the answer position, among the options.
 
     A reasoning model is teacher-forced with its own clean rationale: the weak attack of the literature, reported as
-    such.
+    such. A subclass with another `loss` is another objective at the same place.
     """
 
     name: ClassVar[str] = "answer"
-    margin: ClassVar[bool] = False
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """(B,) to be maximised, of (B, K) log-probabilities (-inf where there is no option) and (B,) true options."""
+        return _cross_entropy(scores, targets)
 
     def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared:
         text = tuple(_rationale_prefix(model, a) for a in clean_answers) if model.reasons else None
-        return _Letter(model, batch, text, self.margin)
+        return _Letter(model, batch, text, self.loss)
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,11 @@ class Margin(AnswerToken):
     """
 
     name: ClassVar[str] = "margin"
-    margin: ClassVar[bool] = True
+
+    def loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """(B,) best other score minus the true one; -inf where there is no other."""
+        true = scores.gather(1, targets[:, None]).squeeze(1)
+        return scores.scatter(1, targets[:, None], -torch.inf).amax(dim=1) - true
 
 
 @dataclass(frozen=True)

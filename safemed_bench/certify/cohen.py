@@ -6,7 +6,6 @@ confidence 1 - alpha the smoothed model answers it within R = sigma Phi^-1(p_low
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -38,7 +37,12 @@ class Cohen(Certifier):
     @property
     def largest_radius(self) -> float:
         """L2, reached where all n samples agree: sigma Phi^-1(alpha^(1/n))."""
-        return certified_radius(math.exp(math.log(self.alpha) / self.n), self.sigma)
+        return certified_radius(self.lower(self.n, self.n), self.sigma)
+
+    def lower(self, k: int, n: int) -> float:
+        """Lower bound at confidence 1 - alpha of a probability that showed k times in n. With another one, and its
+        `needs`, a subclass is another certifier."""
+        return float(clopper_pearson_low(k, n, self.alpha))
 
     def needs(self, p0: float) -> int:
         return cohen_needs(p0, self.alpha)
@@ -50,7 +54,7 @@ class Cohen(Certifier):
         return False
 
     def _p_low(self, state: State) -> float:
-        return float(clopper_pearson_low(state.test.get(state.candidate, 0), state.tested, self.alpha))
+        return self.lower(state.test.get(state.candidate, 0), state.tested)
 
     def _decisions(self, state: State, p_low: float) -> tuple[Decision, ...]:
         reached = certified_radius(p_low, self.sigma) if p_low >= 0.5 else -1.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core import registry
 from ..core.errors import DataError, Problem, UsageError
-from ..core.types import Question
+from ..core.types import LETTERS, Question
 from .base import Dataset, cache_folder, fingerprint
 from .images import Progress, image_cache, inspect_files
 from .modalities import normalise
@@ -18,7 +18,7 @@ from .prior import hits_by_id
 if TYPE_CHECKING:
     from .phantom import PhantomSpec
 
-__all__ = ["DataSpec", "Dataset", "load"]
+__all__ = ["DataSpec", "Dataset", "ask", "load"]
 
 PHANTOM_TRAIN = 2000
 """Images of the phantom's train split whose questions the text-only prior learns on; they are not drawn for it."""
@@ -123,19 +123,56 @@ def _choose(spec: DataSpec, root: Path, scheme: str | None = None) -> _Choice:
     file = _split_file(spec)
     scheme = splits.resolve(contents, scheme or spec.scheme, file)
     everything, odd = splits.assign(contents, scheme, wanted=spec.split, split_file=file)
+    asked, train = _wanted(spec, everything, f"{root}, scheme '{scheme}'")
+    return _Choice(f"{scheme}, {file}" if file else scheme, asked, train, (*contents.problems, *odd))
+
+
+def ask(spec: DataSpec, name: str, questions: Sequence[Question], progress: Progress | None = None) -> Dataset:
+    """What a suite's data section wants of a plugin's questions: its split, `filter` and `per_modality`.
+
+    questions: of every split there is, each saying its own; those of train teach the text-only prior. Modalities may
+    be spelled as OmniMedVQA does, and `image_sha256` may be "": images are looked at here. DataError for a question
+    that cannot be asked, where nothing is left, and where no image is there; UsageError for a scheme of other splits.
+    """
+    if spec.scheme not in ("auto", "record") or _split_file(spec):
+        raise UsageError(
+            f"data.scheme does not fit data set '{name}': its questions say themselves what split they are of"
+        )
+    _check_askable(name, questions)
+    questions = [replace(q, modality=normalise(q.modality)) for q in questions]
+    asked, train = _wanted(spec, questions, f"data set '{name}'")
+    root = Path(spec.root).expanduser().absolute() if spec.root else Path.cwd()
+    return _checked(f"{name}, split {spec.split}", name, root, _Choice("record", asked, train, ()), progress)
+
+
+def _check_askable(name: str, questions: Sequence[Question]) -> None:
+    """Two to four options, one of them right, and no id twice. Raises DataError."""
+    seen: set[str] = set()
+    for question in questions:
+        where = f"data set '{name}', question '{question.id}'"
+        if question.id in seen:
+            raise DataError(f"{where}: the id stands twice")
+        if not 2 <= len(question.options) <= len(LETTERS):
+            raise DataError(f"{where}: {len(question.options)} options; 2 to {len(LETTERS)} can be asked")
+        if not 0 <= question.answer < len(question.options):
+            raise DataError(f"{where}: answer {question.answer} is none of {len(question.options)} options, from 0")
+        seen.add(question.id)
+
+
+def _wanted(spec: DataSpec, everything: Sequence[Question], where: str) -> tuple[tuple[Question, ...], ...]:
+    """The questions that are asked, and those of train where train is not asked itself."""
+    from . import splits
+
     questions = splits.of_split(everything, spec.split)
     if not questions:
         counts = {s: sum(q.split == s for q in everything) for s in splits.SPLITS}
-        raise DataError(f"{root}: no question in split '{spec.split}' of scheme '{scheme}'; it has {counts}")
-    wanted = _filtered(questions, getattr(spec, "filter", None) or {})
+        raise DataError(f"{where}: no question in split '{spec.split}'; it has {counts}")
+    keep = getattr(spec, "filter", None) or {}
+    wanted = _filtered(questions, keep)
     if not wanted:
-        raise DataError(
-            f"{root}: no question of split '{spec.split}' fits data.filter {dict(getattr(spec, 'filter', {}))}"
-        )
+        raise DataError(f"{where}: no question of split '{spec.split}' fits data.filter {dict(keep)}")
     n = len(wanted) if spec.per_modality == "all" else int(spec.per_modality)
-    named = f"{scheme}, {file}" if file else scheme
-    train = splits.of_split(everything, "train") if spec.split != "train" else ()
-    return _Choice(named, splits.stratified(wanted, n), train, (*contents.problems, *odd))
+    return splits.stratified(wanted, n), splits.of_split(everything, "train") if spec.split != "train" else ()
 
 
 def _split_file(spec: DataSpec) -> str | None:

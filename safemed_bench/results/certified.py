@@ -18,7 +18,7 @@ answers at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,18 +32,17 @@ from .metrics import ALL, Measure
 
 def certified(verdicts: Verdicts) -> Iterator[Measure]:
     """All estimates of one model's certificates, in a fixed order."""
-    conditions = [c for c in verdicts.conditions if c.kind == "certify"]
-    for place, condition in enumerate(conditions):
-        rows = verdicts.certificates[verdicts.certificates["condition"] == condition.name]
+    names = titles([c.name for c in verdicts.conditions])
+    for condition in names:
+        rows = _of(verdicts, condition)
         if rows.empty:
             continue
-        rows = rows.set_index("question_id")
         images = pd.Series(verdicts.images, index=verdicts.questions.index).reindex(rows.index)
         modality = verdicts.questions["modality"].reindex(rows.index)
         parts = {ALL: rows} | {name: rows[modality == name] for name in modality_order(modality.dropna())}
-        named = {radius: _name(condition, radius, first=place == 0) for radius in _radii(rows)}
-        values = verdicts.certifiers.get(condition.name, {}).get("values")
-        levels: list[tuple[float | None, str]] = [(None, condition.name), *named.items()]
+        named = {radius: f"{names[condition]}@l2:{radius:g}" for radius in _radii(rows)}
+        values = verdicts.certifiers.get(condition, {}).get("values")
+        levels: list[tuple[float | None, str]] = [(None, condition), *named.items()]
         for radius, name in levels:
             for part, held in parts.items():
                 found = _estimates(held, radius, images.reindex(held.index).to_numpy())
@@ -53,12 +52,41 @@ def certified(verdicts: Verdicts) -> Iterator[Measure]:
                     yield Measure(verdicts.model, name, metric, part, estimate)
 
 
-def _name(condition: Condition, radius: float, first: bool) -> str:
-    which = "" if first else f"[{condition.objective or condition.kind}]"
-    return f"certified{which}@l2:{radius:g}"
+def titles(conditions: Iterable[str]) -> dict[str, str]:
+    """Certify conditions of one entry -> what tables call them: the first `certified`, others `certified[sigma=S]`."""
+    found = [c for c in map(Condition.parse, conditions) if c.kind == "certify"]
+    return {c.name: f"certified[{c.objective or c.kind}]" if place else "certified" for place, c in enumerate(found)}
+
+
+def held(verdicts: Verdicts) -> Mapping[str, pd.Series]:
+    """`certified@l2:R` -> per question that was asked, 1.0 where its right answer is certified at R, 0.0 where not.
+
+    NaN where there is no certificate: nothing is known of that question.
+    """
+    found: dict[str, pd.Series] = {}
+    for condition, title in titles([c.name for c in verdicts.conditions]).items():
+        rows = _of(verdicts, condition)
+        asked = verdicts.questions.index[verdicts.questions.index.isin(list(verdicts.asked.get(condition, ())))]
+        index = asked if len(asked) else verdicts.questions.index
+        for radius in _radii(rows):
+            found[f"{title}@l2:{radius:g}"] = _proven(rows, radius).reindex(index)
+    return found
+
+
+def _of(verdicts: Verdicts, condition: str) -> pd.DataFrame:
+    """The certificates of one condition, by question id."""
+    rows = verdicts.certificates
+    return rows[rows["condition"] == condition].set_index("question_id") if len(rows) else rows
+
+
+def _proven(rows: pd.DataFrame, radius: float) -> pd.Series:
+    verdict = pd.Series([_verdict(decisions, radius) for decisions in rows["decisions"]], index=rows.index)
+    return ((verdict == "certified") & (rows["candidate"] == rows["target"])).astype(float)
 
 
 def _radii(rows: pd.DataFrame) -> list[float]:
+    if rows.empty:
+        return []
     return sorted({decision[0] for decisions in rows["decisions"] for decision in decisions or ()})
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
@@ -111,25 +112,34 @@ def pair_up(
 
 def slices(a: Verdicts, b: Verdicts, condition: str, *, status: str = "") -> list[Slice]:
     """`all`, then each modality. Good is a right answer or, where `status` is given, one that is not of that status."""
-    index = a.correct.index
-    sides = [(_good(v, condition, status)).reindex(index).to_numpy(dtype=float) for v in (a, b)]
-    modality = a.questions["modality"].to_numpy(dtype=object)
+    return paired(a, *(_good(v, condition, status) for v in (a, b)))
+
+
+def paired(verdicts: Verdicts, a: pd.Series, b: pd.Series) -> list[Slice]:
+    """The slices of the questions that `a` is about; a, b: by question id 1.0 good, 0.0 not, NaN unknown."""
+    chosen = verdicts.questions.index.isin(a.index)
+    questions, images = verdicts.questions[chosen], verdicts.images[chosen]
+    index = questions.index
+    sides = [side.reindex(index).to_numpy(dtype=float) for side in (a, b)]
+    modality = questions["modality"].to_numpy(dtype=object)
     known = ~np.isnan(sides[0]) & ~np.isnan(sides[1])
-    images = a.images
 
     def part(name: str, rows: np.ndarray) -> Slice:
         kept = rows & known
         return Slice(name, sides[0][kept], sides[1][kept], images[kept], int(rows.sum()))
 
     every = part(ALL, np.ones(len(index), dtype=bool))
-    return [every, *(part(name, modality == name) for name in modality_order(a.questions["modality"].dropna()))]
+    return [every, *(part(name, modality == name) for name in modality_order(questions["modality"].dropna()))]
 
 
-def _good(verdicts: Verdicts, condition: str, status: str) -> Any:
+def _good(verdicts: Verdicts, condition: str, status: str) -> pd.Series:
+    """Of the questions that the condition asks."""
     correct = verdicts.correct[condition]
+    if asked := verdicts.asked.get(condition):
+        correct = correct[correct.index.isin(list(asked))]
     if not status:
         return correct
-    return (verdicts.status[condition] != status).astype(float).where(correct.notna())
+    return (verdicts.status[condition].reindex(correct.index) != status).astype(float).where(correct.notna())
 
 
 def compare(pairs: Sequence[Pair], conditions: Sequence[str] = ()) -> Iterator[Row]:

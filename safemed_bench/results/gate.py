@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..core.errors import DataError, IncompleteError, UsageError, did_you_mean
-from .compare import ALL, Pair, Slice, holm, slices
+from .certified import held
+from .compare import ALL, Pair, Slice, holm, paired, slices
 from .noninferiority import PairedDrop, paired_drop
+from .sources import Measured
 
-Metric = Literal["accuracy", "invalid_rate", "truncated_rate"]
+Metric = Literal["accuracy", "certified_accuracy", "invalid_rate", "truncated_rate"]
 Verdict = Literal["pass", "regressed", "improved", "inconclusive"]
 
 VERDICTS: tuple[Verdict, ...] = ("regressed", "inconclusive", "improved", "pass")
@@ -34,9 +36,10 @@ REGRESSED, INCONCLUSIVE = 4, 5
 class Rule:
     """What must not get worse, and by how much it may.
 
-    condition: of the suite, or `worst@headline`. model: a name or `all`. slice: a modality, `all` questions together,
-    or `each` modality. allowed_drop: the margin in percentage points, of accuracy or, for a rate of unreadable answers,
-    of its rise. alpha: chance of a false alarm. power: at which the smallest detectable drop is stated.
+    condition: of the suite, or `worst@headline`; of metric certified_accuracy `certified@l2:R`. model: a name or `all`.
+    slice: a modality, `all` questions together, or `each` modality. allowed_drop: the margin in percentage points, of
+    accuracy or, for a rate of unreadable answers, of its rise. alpha: chance of a false alarm. power: at which the
+    smallest detectable drop is stated.
     """
 
     metric: Metric = "accuracy"
@@ -50,6 +53,11 @@ class Rule:
     @property
     def margin(self) -> float:
         return self.allowed_drop / 100
+
+    @property
+    def rate(self) -> bool:
+        """Whether the metric is a share of what should not be: it may rise, not drop."""
+        return self.metric.endswith("_rate")
 
 
 DEFAULT_RULES = (
@@ -146,20 +154,29 @@ def resolve(condition: str, info: Mapping[str, Any]) -> str:
 def _about(pair: Pair, rule: Rule) -> list[tuple[str, Slice]]:
     """The condition and the slices of one pair that a rule tests."""
     name = resolve(rule.condition, pair.b.info)
-    if rule.model not in (ALL, pair.a.model, pair.b.model) or name not in pair.a.conditions:
+    before, after = (_measured(side, rule) for side in (pair.a, pair.b))
+    if rule.model not in (ALL, pair.a.model, pair.b.model) or name not in before:
         return []
-    if name not in pair.b.conditions:
+    if name not in after:
         raise DataError(f"{pair.label}: the run has no {name}, which the baseline has and a rule asks for")
-    status = "" if rule.metric == "accuracy" else rule.metric.removesuffix("_rate")
-    parts = slices(pair.a.verdicts, pair.b.verdicts, name, status=status)
+    if rule.metric == "certified_accuracy":
+        parts = paired(pair.a.verdicts, *(held(side.verdicts)[name] for side in (pair.a, pair.b)))
+    else:
+        status = rule.metric.removesuffix("_rate") if rule.rate else ""
+        parts = slices(pair.a.verdicts, pair.b.verdicts, name, status=status)
     return [(name, s) for s in parts if rule.slice == s.name or (rule.slice == EACH and s.name != ALL)]
+
+
+def _measured(side: Measured, rule: Rule) -> list[str]:
+    """The conditions that a rule's metric can be about."""
+    return list(held(side.verdicts)) if rule.metric == "certified_accuracy" else side.conditions
 
 
 def _nothing(number: int, rule: Rule, pairs: Sequence[Pair]) -> str:
     names = list(dict.fromkeys(p.b.model for p in pairs))
     if rule.model not in (ALL, *names):
         return f"gate.{number}.model: no model '{rule.model}' is compared.{did_you_mean(rule.model, names)}"
-    conditions = list(dict.fromkeys(c for p in pairs for c in p.b.conditions))
+    conditions = list(dict.fromkeys(c for p in pairs for c in _measured(p.b, rule)))
     name = resolve(rule.condition, pairs[0].b.info)
     if name not in conditions:
         return f"gate.{number}.condition: '{name}' was not measured.{did_you_mean(name, conditions)}"
@@ -184,11 +201,10 @@ def _tests(number: int, rule: Rule, found: Sequence[tuple[Pair, str, Slice]]) ->
     worse = holm([d.p_above(rule.margin) for d in drops])
     better = holm([d.p_below(0.0) for d in drops])
     level = rule.alpha / len(drops)
-    good = rule.metric == "accuracy"
 
     def shown(values: Any) -> float:
         share = float(values.mean()) if len(values) else float("nan")
-        return share if good else 1 - share
+        return 1 - share if rule.rate else share
 
     tests = []
     for (pair, name, part), drop, p_worse, p_better in zip(found, drops, worse, better, strict=True):

@@ -34,7 +34,7 @@ def rule_text(rule: Rule) -> str:
     """`accuracy of all models, worst@headline, each modality: may drop 15 pp (alpha 0.05)`."""
     models = "all models" if rule.model == ALL else rule.model
     where = {ALL: "all questions", EACH: "each modality"}.get(rule.slice, rule.slice)
-    verb = "drop" if rule.metric == "accuracy" else "rise"
+    verb = "rise" if rule.rate else "drop"
     margin = f"may {verb} {rule.allowed_drop:g} pp (alpha {rule.alpha:g})"
     return f"{rule.metric} of {models}, {rule.condition}, {where}: {margin}"
 

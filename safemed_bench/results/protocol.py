@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .certified import titles
 from .frames import Condition
 
-OWN = ("prompt", "extraction", "objectives")
+OWN = ("prompt", "extraction", "objectives", "certificates")
 """Checks that can be waived: these belong to an entry, and two different entries may well differ in them."""
 
 
@@ -20,7 +21,8 @@ class Protocol:
     """data: fingerprint of the questions asked. threat: norm and sizes. canvas: what the image was drawn on.
 
     extraction: how an answer is read from the model. attacks: condition -> the attack behind it with its parameters.
-    code: versions of the code behind the records, {} where the run is too old to say.
+    code: versions of the code behind the records, {} where the run is too old to say. certificates: what tables call a
+    certify condition -> its certifier with all that bears on a verdict, and how many questions it was asked for.
     """
 
     data: str
@@ -31,6 +33,7 @@ class Protocol:
     extraction: str
     attacks: Mapping[str, str]
     code: Mapping[str, int] = field(default_factory=dict)
+    certificates: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,21 @@ def protocol_of(model: str, info: Mapping[str, Any], settings: Mapping[str, Any]
         extraction=f"{card.get('decode')}, at most {card.get('max_new_tokens')} new tokens",
         attacks={name: attack for name, attack in attacks.items() if attack},
         code=info.get("code", {}),
+        certificates=_certificates(model, info),
     )
+
+
+def _certificates(model: str, info: Mapping[str, Any]) -> dict[str, str]:
+    cells = {c["condition"]: c for c in info.get("cells", ()) if c["model"] == model}
+    return {title: _certificate(cells[name]) for name, title in titles(cells).items()}
+
+
+def _certificate(cell: Mapping[str, Any]) -> str:
+    """`sequential (n 1000, n0 32, sigma 0.25), 32 questions`; which radii share the samples changes no verdict."""
+    facts = {key: value for key, value in cell.get("certifier", {}).items() if key not in ("name", "values", "radii")}
+    asked = f"{len(cell['questions'])} questions" if "questions" in cell else "all questions"
+    parameters = ", ".join(f"{name} {value}" for name, value in sorted(facts.items()))
+    return f"{cell.get('certifier', {}).get('name', 'unknown')} ({parameters}), {asked}"
 
 
 def _named(model: str, source: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -96,7 +113,8 @@ def parameters_of(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(a: Protocol, b: Protocol, names: tuple[str, str] = ("A", "B")) -> list[Difference]:
     """Why two measurements do not compare, in the order of METHOD's list; [] where they do."""
-    return [*_plain_differences(a, b, names), *_attack_differences(a, b, names), *_code_differences(a, b, names)]
+    kinds = (_plain_differences, _attack_differences, _certificate_differences, _code_differences)
+    return [difference for kind in kinds for difference in kind(a, b, names)]
 
 
 def _plain_differences(a: Protocol, b: Protocol, names: Sequence[str]) -> Iterator[Difference]:
@@ -136,6 +154,14 @@ def _kind_of_gap(only: Sequence[str], other: Protocol) -> str:
     made = {(c.kind, c.threat) for c in map(Condition.parse, other.attacks)}
     same = all((c.kind, c.threat) in made for c in map(Condition.parse, only))
     return "objectives" if same else "attack strength"
+
+
+def _certificate_differences(a: Protocol, b: Protocol, names: Sequence[str]) -> Iterator[Difference]:
+    """Certificates under one title that were not made alike; one that only one side has is no difference."""
+    one, two = names
+    for title in a.certificates:
+        if (mine := a.certificates[title]) != (other := b.certificates.get(title, mine)):
+            yield Difference("certificates", f"{title}: {mine} in {one}, {other} in {two}")
 
 
 def _code_differences(a: Protocol, b: Protocol, names: Sequence[str]) -> Iterator[Difference]:

@@ -43,7 +43,7 @@ def summarise(folder: Path | str, run: Run | None = None) -> dict[str, Any]:
 
 
 def summary_of(run: Run) -> dict[str, Any]:
-    """The summary as plain JSON data (see README for its fields)."""
+    """The summary as plain JSON data (see docs/results.md for its fields)."""
     info = run.info
     all_verdicts = [with_worst_cases(v) for v in run.verdicts]
     coverage = _coverage(run.verdicts)

@@ -267,7 +267,16 @@ def _gate_problems(suite: Suite, rule: GateRule) -> Iterator[tuple[str, str]]:
     sized = {*attacks, *(c.kind for c in suite.conditions if c.kind == "noise"), *({"worst"} if attacks else ())}
     plain = {c.label for c in suite.conditions if c.kind not in ("attack", "noise")}
     labels = ["headline", *(threat.label for threat in suite.threat.models)]
-    if kind not in sized | plain:
+    radii = [f"certified@l2:{r:g}" for c in suite.conditions if c.kind == "certify" for r in c.radii or ()]
+    if rule.metric == "certified_accuracy" or kind == "certified":
+        if rule.metric != "certified_accuracy":
+            yield "condition", f"'{rule.condition}' is of the metric certified_accuracy"
+        elif kind != "certified" or f"certified@{size}" not in radii:
+            yield (
+                "condition",
+                f"'{rule.condition}' is no radius that the suite certifies.{did_you_mean(rule.condition, radii)}",
+            )
+    elif kind not in sized | plain:
         yield "condition", _unknown("condition", rule.condition, [*plain, *(f"{name}@headline" for name in sized)])
     elif kind in sized and size not in labels:
         yield "condition", f"'{rule.condition}' names no size of the threat; one of: @{', @'.join(labels)}"

@@ -224,12 +224,14 @@ class RunSpec(Part):
 class GateRule(Part):
     """What must not get worse from a baseline to a run of the suite (`gate RUN --baseline B`). Changes no record."""
 
-    metric: Literal["accuracy", "invalid_rate", "truncated_rate"] = Field(
-        default="accuracy", description="What is held: accuracy, or the share of unreadable answers."
+    metric: Literal["accuracy", "certified_accuracy", "invalid_rate", "truncated_rate"] = Field(
+        default="accuracy",
+        description="What is held: accuracy, that of proven answers alone, or the share of unreadable answers.",
     )
     condition: Text = Field(
         default="worst@headline",
-        description="A condition as tables name it: clean, pgd@linf:4/255, worst@headline (the worst attack).",
+        description="A condition as tables name it: clean, pgd@linf:4/255, worst@headline (the worst attack); for "
+        "certified_accuracy certified@l2:0.25.",
     )
     model: Text = Field(default="all", description="One entry of the suite, or all.")
     slice: Text = Field(default="all", description="A modality, all questions together, or each modality by itself.")
