@@ -19,6 +19,8 @@ MODALITIES = (
 LETTERS = "ABCD"
 PROBE = "probe:"
 """What the names of conditions begin with that serve the diagnostics alone and enter no table."""
+FROM = "<-"
+"""What stands in a condition's name between an attack and the entry whose images it shows: `pgd<-sft`."""
 
 Norm = Literal["linf", "l2", "l1"]
 Status = Literal["valid", "invalid", "truncated", "abstain"]

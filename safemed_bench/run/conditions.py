@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..attacks import build_strike
 from ..attacks.base import AttackResult
+from ..attacks.external import External
 from ..attacks.threat import check, norms, quantize, random_start
 from ..core.errors import DataError
 from ..core.seeds import derive_seed
@@ -102,7 +103,7 @@ class Bench:
 
     def _attack(self, scene: Scene) -> list[Record]:
         clean = self.clean_answers(scene)
-        strike = build_strike(scene.job.attack, scene.job.objective, dict(scene.job.params))
+        strike = self._strike(scene)
         results: list[tuple[AttackResult, int]] = []
 
         def work(batch: Batch, rows: Sequence[int]) -> None:
@@ -117,6 +118,14 @@ class Bench:
 
         self._batches(scene, f"{scene.job.attack}[{scene.job.objective}]", work)
         return self._judged(scene, clean, results)
+
+    def _strike(self, scene: Scene) -> Any:
+        """What is called on a batch: the cell's attack, or another entry's images."""
+        job = scene.job
+        if job.source is None:
+            return build_strike(job.attack, job.objective, dict(job.params))
+        keys = [job.source.units[i].key for i in scene.index]
+        return External(str(self.settings.folder / artefacts.artefact_name(job.source.cell, job.source.chunk, keys)))
 
     def _judged(
         self, scene: Scene, clean: Sequence[Answer], results: Sequence[tuple[AttackResult, int]]

@@ -32,7 +32,8 @@ class Job:
 
     model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack, certify, or a probe's:
     repeat, gradient. donors: for `shuffled` the questions whose images are shown. chunk: the chunk's name within its
-    cell. cost: estimated passes per question.
+    cell. cost: estimated passes per question. source: where the images were made against another entry, the job that
+    makes them.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Job:
     threat: ThreatModel | None = None
     certifier: str = ""
     cost: float = 1.0
+    source: Job | None = None
 
     def part(self, start: int, stop: int) -> Job:
         """The same for the questions in [start, stop)."""
@@ -58,6 +60,7 @@ class Job:
             units=self.units[here],
             questions=self.questions[here],
             donors=self.donors[here] if self.donors else (),
+            source=self.source.part(start, stop) if self.source else None,
         )
 
     def record(self, index: int, **values: Any) -> Record:

@@ -19,7 +19,6 @@ TOLERATED = 0.05
 """Share of questions that may break a rule before the number is not to be believed: the 95% interval must reach it."""
 
 ONE_STEP, BLACK_BOX, CASCADES = ("fgsm", "art:FGM"), ("square", "art:Square"), ("safemed-attack",)
-TRANSFER = "transfer"
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,9 @@ def attack_name(verdicts: Verdicts, condition: Condition) -> str:
 
 
 def is_gradient_attack(verdicts: Verdicts, condition: Condition) -> bool:
-    """Whether it climbs a gradient of the entry itself, and nothing else: black boxes, cascades and images that were
-    made elsewhere have no objective."""
-    transferred = attack_name(verdicts, condition).startswith(TRANSFER)
-    return condition.is_attack and condition.objective is not None and not transferred
+    """Whether it climbs a gradient of the entry itself, and nothing else: images made against another entry do not,
+    and black boxes, cascades and images that were made elsewhere have no objective."""
+    return condition.is_attack and condition.objective is not None and not condition.source
 
 
 def is_iterative(verdicts: Verdicts, condition: Condition) -> bool:

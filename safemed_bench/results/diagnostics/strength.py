@@ -16,7 +16,6 @@ from .base import (
     BLIND,
     CASCADES,
     ONE_STEP,
-    TRANSFER,
     Contest,
     Diagnostic,
     Status,
@@ -34,8 +33,11 @@ EFFORT = ("steps", "restarts", "queries")
 
 
 def monotone_eps(verdicts: Verdicts) -> Diagnostic | None:
-    """Equal attacks in balls of different sizes. One step of FGSM may well overshoot in the larger ball."""
-    attacks = [c for c in verdicts.conditions if c.is_attack and attack_name(verdicts, c) not in ONE_STEP]
+    """Equal attacks in balls of different sizes. One step of FGSM may well overshoot in the larger ball, and what an
+    image does to another entry than the one it was made against need not grow with it."""
+    attacks = [
+        c for c in verdicts.conditions if c.is_attack and not c.source and attack_name(verdicts, c) not in ONE_STEP
+    ]
     return judged(
         "monotone-in-eps",
         "an attack that can do more never does less: at a larger eps it does not leave right what it changes at a "
@@ -67,7 +69,8 @@ def _settings(verdicts: Verdicts, condition: Condition, leave: tuple[str, ...] =
 def monotone_effort(verdicts: Verdicts) -> Diagnostic | None:
     """The same attack in the same ball with more steps, restarts or queries."""
     contests = []
-    for one, two in combinations([c for c in verdicts.conditions if c.name in verdicts.attacks], 2):
+    own = [c for c in verdicts.conditions if c.name in verdicts.attacks and not c.source]
+    for one, two in combinations(own, 2):
         if (one.objective, one.threat) != (two.objective, two.threat):
             continue
         if _settings(verdicts, one, EFFORT) != _settings(verdicts, two, EFFORT):
@@ -129,8 +132,7 @@ def white_box_against_black(verdicts: Verdicts) -> Diagnostic | None:
 
 
 def _needs_no_gradient(verdicts: Verdicts, condition: Condition) -> bool:
-    name = attack_name(verdicts, condition)
-    return condition.kind == "noise" or name in BLACK_BOX or name.startswith(TRANSFER)
+    return condition.kind == "noise" or attack_name(verdicts, condition) in BLACK_BOX or bool(condition.source)
 
 
 def _stages(verdicts: Verdicts, condition: Condition) -> Contest:
