@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .base import Attack, Objective
     from .cascade import Cascade, Stage
     from .external import External
+    from .universal import UniversalAttack
 
 CODE_VERSION = 1
 """Goes into unit keys; raised whenever a change here can change a record."""
@@ -91,6 +92,11 @@ ATTACKS: dict[str, AttackInfo] = {
         "the standard: FGSM, PGD on all objectives, APGD on a margin and targeted, Square, each on what still stands",
         ("steps", "apgd_steps", "queries"),
         objectives=False,
+    ),
+    "universal": AttackInfo(
+        "safemed_bench.attacks.universal:UniversalAttack",
+        "one perturbation per modality (1610.08401), fitted on questions of another split, shown on all that are asked",
+        ("steps", "questions", "split"),
     ),
     "external": AttackInfo(
         "safemed_bench.attacks.external:External",
@@ -217,7 +223,17 @@ def needs_objective(attack: str) -> bool:
     return info.objectives if info else bool(getattr(registry.attacks.get(attack), "needs_objective", True))
 
 
-def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack | Cascade | External:
+def fitted_on(attack: str, parameters: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Split, and questions of each modality, that an attack is fitted on before it is shown any question; None for all
+    that look at each question by itself."""
+    if attack != "universal":
+        return None
+    return str(parameters.get("split", "validation")), int(parameters.get("questions", 25))
+
+
+def build_attack(
+    name: str, parameters: Mapping[str, Any] | None = None
+) -> Attack | Cascade | External | UniversalAttack:
     """An attack or a cascade from its registered name and parameters. Raises UsageError where one is wrong."""
     kind = registry.attacks.get(attack_name(name))
     parameters = dict(parameters or {})
@@ -232,11 +248,14 @@ def build_strike(
     attack: str, objective: str, parameters: Mapping[str, Any] | None = None
 ) -> Stage | Cascade | External:
     """What a cell does: an attack with its objective ("" for a black box), a cascade, or images made elsewhere; all are
-    called alike."""
+    called alike. Raises UsageError for an attack that is fitted on other questions first."""
     from .base import Attack
     from .cascade import Stage
+    from .universal import UniversalAttack
 
     built = build_attack(attack, parameters)
+    if isinstance(built, UniversalAttack):
+        raise UsageError(f"attack '{attack}' is fitted on other questions first: see universal.fit_universal")
     return Stage(built, objective) if isinstance(built, Attack) else built
 
 

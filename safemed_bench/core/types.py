@@ -99,6 +99,16 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class FitSet:
+    """Questions of one modality that an attack is fitted on; none of them is asked. `key` is a hash of everything that
+    can change the fit."""
+
+    key: str
+    modality: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a model said.
 

@@ -43,7 +43,7 @@ def artefact_name(cell: str, chunk: str, keys: Sequence[str]) -> str:
     With the keys in the name, another plan in the same folder never overwrites what an older record points to.
     """
     digest = hashlib.blake2b("\x1f".join(keys).encode(), digest_size=4).hexdigest()
-    return f"{FOLDER}/{_slug(cell)}/{_slug(chunk)}-{digest}.npz"
+    return f"{FOLDER}/{slug(cell)}/{slug(chunk)}-{digest}.npz"
 
 
 def made_by(job: Job) -> str:
@@ -52,7 +52,8 @@ def made_by(job: Job) -> str:
     return artefact_name(job.cell, job.chunk, keys)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """`text` as a file's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
 
 

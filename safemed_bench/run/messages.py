@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.types import Question, Record, ThreatModel, Unit
+from ..core.types import FitSet, Question, Record, ThreatModel, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Job:
     model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack, certify, or a probe's:
     repeat, gradient. donors: for `shuffled` the questions whose images are shown. chunk: the chunk's name within its
     cell. cost: estimated passes per question. source: where the images were made against another entry, the job that
-    makes them.
+    makes them. fit: what the attack is fitted on, for each modality of the questions.
     """
 
     model: Any
@@ -51,6 +51,7 @@ class Job:
     certifier: str = ""
     cost: float = 1.0
     source: Job | None = None
+    fit: tuple[FitSet, ...] = ()
 
     def part(self, start: int, stop: int) -> Job:
         """The same for the questions in [start, stop)."""

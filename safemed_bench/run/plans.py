@@ -39,6 +39,7 @@ def _job(plan: Plan, chunk: Chunk) -> Job:
 
 def _job_of(plan: Plan, cell: Cell, index: int, units: tuple[PlannedUnit, ...]) -> Job:
     condition, questions = cell.condition, plan.questions
+    modalities = dict.fromkeys(questions[unit.question_id].modality for unit in units)
     return Job(
         model=cell.model,
         cell=cell.name,
@@ -53,6 +54,7 @@ def _job_of(plan: Plan, cell: Cell, index: int, units: tuple[PlannedUnit, ...]) 
         params=condition.params,
         threat=condition.threat,
         certifier=condition.certifier,
+        fit=tuple(cell.fit[name] for name in modalities if name in cell.fit),
         cost=_cost(condition, cell.model.smooth.n if cell.model.smooth else 1),
     )
 
@@ -66,5 +68,7 @@ def _cost(condition: Condition, votes: int) -> float:
         return 2.0 * votes
     if condition.kind != "attack":
         return PROBE_COST.get(condition.kind, 1.0) * votes
+    if condition.attack == "universal":  # its steps are taken once, by whoever comes first
+        return 2.0 * votes
     steps = params.get("steps", USUAL_STEPS.get(condition.attack, 1)) * params.get("restarts", 1)
     return votes + STEP_COST * steps

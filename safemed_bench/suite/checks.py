@@ -190,6 +190,21 @@ def _limit_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Ke
         yield ("attack",), f"'{condition.attack}' needs a package: pip install adversarial-robustness-toolbox"
     if condition.attack == "external":
         yield from _external_problems(condition)
+    if condition.attack == "universal":
+        yield from _fit_problems(condition, suite)
+
+
+def _fit_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
+    """What an attack cannot be fitted on."""
+    split, count = condition.params.get("split", "validation"), condition.params.get("questions", 1)
+    if split not in ("validation", "train"):
+        yield ("params", "split"), f"must be validation or train, not {split!r}"
+    elif split == suite.data.split:
+        other = "train" if split == "validation" else "validation"
+        where: Key = ("params", "split") if "split" in condition.params else ("attack",)
+        yield where, f"would be fitted on {split}, whose questions are asked; set `params: {{split: {other}}}`"
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        yield ("params", "questions"), f"must be a whole number from 1, not {count!r}"
 
 
 def _external_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:

@@ -7,18 +7,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..attacks import CODE_VERSION as ATTACK_VERSION
-from ..attacks import accepts, applies, needs_objective, standard_objectives
+from ..attacks import accepts, applies, fitted_on, needs_objective, standard_objectives
 from ..attacks.supplied import open_supplied
 from ..certify import CODE_VERSION as CERTIFY_VERSION
 from ..core import registry
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
-from ..core.types import FROM, PROBE, Question, ThreatModel, Unit
+from ..core.types import FROM, PROBE, FitSet, Question, ThreatModel, Unit
+from .fitting import choose_fit, unfitted
 from .schema import ConditionSpec, ModelSpec, Suite
 from .shuffle import choose_donors
 
@@ -79,7 +80,7 @@ class Cell:
     """One model under one condition; `name` is `<model>/<condition>`.
 
     source: where the images were made against another entry, the cell that makes them. It is the other entry's own,
-    under the same attack, and may or may not be one of the plan's.
+    under the same attack, and may or may not be one of the plan's. fit: what its attack is fitted on, by modality.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Cell:
     card: ModelCard
     condition: Condition
     source: Cell | None = None
+    fit: Mapping[str, FitSet] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +152,14 @@ def build_plan(
     *,
     dtype: str | None = None,
     notes: Sequence[str] = (),
+    pools: Mapping[str, Sequence[Question]] | None = None,
 ) -> Plan:
     """Cells, units and chunks of a suite. `cards` has one card per entry of `suite.models`, in that order.
 
     None for a card leaves its entry out; the caller says why in `notes`, which come before the plan's own. `dtype` is
-    the resolved run.dtype; without it the suite's word goes into the keys. Raises UsageError where there is no
-    question, or where questions share an id.
+    the resolved run.dtype; without it the suite's word goes into the keys. pools: split -> its questions, for attacks
+    that are fitted on some (stratified, as `datasets.load` gives them). Raises UsageError where there is no question,
+    where questions share an id, or where there is nothing to fit an attack on.
     """
     questions = dataset.questions
     if not questions:
@@ -176,8 +180,26 @@ def build_plan(
     said += [*_missing_images(cells, questions), *_unmeasured_sources(cells)]
     donors = choose_donors(questions, suite.run.seed)
     running = dtype or suite.run.dtype
+    cells = [_with_fit(cell, suite, running, questions, pools or {}) for cell in cells]
+    said += unfitted([cell.fit for cell in cells if cell.fit], questions)
     chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
     return Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+
+
+def _with_fit(
+    cell: Cell, suite: Suite, dtype: str, questions: Sequence[Question], pools: Mapping[str, Sequence[Question]]
+) -> Cell:
+    """The cell, and its source, with the questions that their attack is fitted on."""
+    if cell.source:
+        cell = replace(cell, source=_with_fit(cell.source, suite, dtype, questions, pools))
+    if not (wanted := fitted_on(cell.condition.attack, dict(cell.condition.params))):
+        return cell
+    split, count = wanted
+    if not (chosen := choose_fit(pools.get(split, ()), count, questions)):
+        raise UsageError(f"{cell.name}: split {split} has no question to fit '{cell.condition.attack}' on")
+    own = _cell_identity(cell, suite, dtype)
+    fit = {name: FitSet(_digest([own, [*map(_asked_of, held)]]), name, held) for name, held in chosen.items()}
+    return replace(cell, fit=fit)
 
 
 def _missing_images(cells: Sequence[Cell], questions: Sequence[Question]) -> list[str]:
@@ -322,7 +344,8 @@ def probes_of(suite: Suite, model: ModelSpec, conditions: Sequence[Condition]) -
         yield Condition("gradient", f"{PROBE}gradient", share=share)
     norm = suite.threat.norm
     unbounded = {"linf": 1.0, "l2": math.sqrt(3) * side, "l1": 3.0 * side * side}[norm]
-    attacks = [c for c in conditions if c.kind == "attack" and not c.source]
+    # What was not made on the image at hand is no test of the attack on it.
+    attacks = [c for c in conditions if c.kind == "attack" and not c.source and not fitted_on(c.attack, dict(c.params))]
     headline = [c for c in attacks if c.threat and c.threat.eps == suite.threat.headline]
     for eps in (0.0, unbounded):
         threat = ThreatModel(norm, eps)
@@ -337,7 +360,9 @@ def _unit(cell: Cell, shared: object, seed: int, question: Question, donor: Ques
     image = [_image(question), _image(donor) if donor else ""]
     text = [question.id, question.question, question.options, question.answer]
     text += [question.modality, question.question_type]
-    return PlannedUnit(_digest([shared, own, image, text]), question.id, cell.name, own, donor.id if donor else "")
+    said: list[object] = [shared, own, image, text]
+    said += [fit.key] if (fit := cell.fit.get(question.modality)) else []
+    return PlannedUnit(_digest(said), question.id, cell.name, own, donor.id if donor else "")
 
 
 def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
@@ -375,6 +400,10 @@ def _plugin_sources(condition: Condition) -> list[str]:
     sources = [registry.attacks.source(condition.attack)]
     sources += [registry.objectives.source(condition.objective)] if condition.objective else []
     return sources if any(sources) else []
+
+
+def _asked_of(question: Question) -> list[object]:
+    return [question.id, _image(question), question.question, question.options, question.answer]
 
 
 def _image(question: Question) -> str:
