@@ -140,6 +140,7 @@ ART_CLASSES = {
 
 _OBJECTIVES = "safemed_bench.attacks.objectives:"
 _TARGETED = "safemed_bench.attacks.targeted:"
+_EXPECTED = "safemed_bench.attacks.expected:"
 OBJECTIVES: dict[str, ObjectiveInfo] = {
     "answer": ObjectiveInfo(
         _OBJECTIVES + "AnswerToken",
@@ -167,6 +168,18 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
     "targeted_margin": ObjectiveInfo(
         _TARGETED + "TargetedMargin",
         "a wrong option minus the true one where the answer is decided, per restart another one",
+        standard=False,
+    ),
+    "stop_reasoning": ObjectiveInfo(
+        _TARGETED + "StopReasoning", "likelihood of no rationale and a wrong letter (2402.14899)", True, standard=False
+    ),
+    "expected_rationales": ObjectiveInfo(
+        _EXPECTED + "ExpectedRationales", "mean decision-slot margin over sampled rationales", True, standard=False
+    ),
+    "expected_prompts": ObjectiveInfo(
+        _EXPECTED + "ExpectedPrompts",
+        "mean decision-slot margin over orders of the options and wordings of the prompt",
+        True,
         standard=False,
     ),
     "directed": ObjectiveInfo(
