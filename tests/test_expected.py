@@ -1,4 +1,4 @@
-"""Objectives that are means over several texts, and the one that stops the rationale."""
+"""Objectives that are means over several texts, the one that stops the rationale, and the proved decision slot."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_model import ToyVLM, generators, toy_batch
+from toy_model import TOKEN, ToyVLM, generators, toy_batch
 
 from safemed_bench.attacks import applies, build_attack, build_objective, standard_objectives
 from safemed_bench.attacks.expected import TEXTS, ExpectedPrompts, ExpectedRationales
 from safemed_bench.attacks.objectives import own_tokens
+from safemed_bench.attacks.slots import find_slot, find_slots
 from safemed_bench.core.errors import UsageError
 from safemed_bench.core.types import LETTERS, ThreatModel
 
 EXPECTED = ("expected_rationales", "expected_prompts")
 
 
-@pytest.mark.parametrize("name", (*EXPECTED, "stop_reasoning"))
+@pytest.mark.parametrize("name", (*EXPECTED, "stop_reasoning", "decisive_slot"))
 def test_they_are_for_entries_that_reason_and_are_asked_for_by_name(name):
     assert applies(name, True) and not applies(name, False) and name not in standard_objectives(True)
 
@@ -127,3 +128,50 @@ def test_stop_reasoning_makes_the_empty_rationale_and_a_wrong_letter_likely():
             wanted = -model.token_loss(batch.select([i]), batch.pixels[[i]], [text])
             assert turned[i].item() == pytest.approx(wanted.item(), abs=1e-5)
     assert torch.allclose(loss, prepared.turn(0)(batch.pixels).loss)
+
+
+def test_the_decisive_slot_is_the_place_that_moves_the_answer():
+    """The toy names the option once, and the letter follows: this is the decision slot."""
+    model = ToyVLM(reasons=True)
+    batch, answers = toy_batch(model, 8, wrong_every=0)
+    decisive = build_objective("decisive_slot").prepare(model, batch, answers)
+    slot = build_objective("decision_slot").prepare(model, batch, answers)
+    assert [note["slot"] for note in decisive.extra] == [note["slot"] for note in slot.extra]
+    assert all(note["moves"] == 1 for note in decisive.extra)
+    assert torch.allclose(decisive(batch.pixels).loss, slot(batch.pixels).loss)
+
+
+def test_a_place_whose_change_moves_nothing_is_passed_over():
+    class Twice(ToyVLM):
+        """Names what it sees, and decides at the second mention whatever stands at the first."""
+
+        def completed(self, batch, pixels, texts):
+            return super().completed(batch, pixels, [self.latest(text) for text in texts])
+
+        def latest(self, text):
+            think, shows = TOKEN["<think>"], TOKEN["shows"]
+            mentions = [i for i, token in enumerate(text) if token == shows]
+            return (think, *text[mentions[-1] :]) if len(mentions) > 1 else (think,)
+
+    model = Twice(reasons=True)
+    batch, answers = toy_batch(model, 6, wrong_every=0)
+    said = []
+    for question, answer in zip(batch.questions, answers, strict=True):
+        words = model.encode(question.options[question.answer])
+        head, tail = answer.tokens[:1], answer.tokens[1:]
+        tokens = (*head, TOKEN["shows"], *words, *tail)
+        said.append(replace(answer, tokens=tokens, text=model.decode_text(tokens)))
+    decisive = build_objective("decisive_slot").prepare(model, batch, said)
+    early = build_objective("decision_slot").prepare(model, batch, said)
+    for mine, theirs, question in zip(decisive.extra, early.extra, batch.questions, strict=True):
+        words = len(model.encode(question.options[question.answer]))
+        assert mine["slot"] == theirs["slot"] + words + 1 and mine["moves"] == 1
+
+
+def test_all_places_are_found_and_the_first_is_the_decision_slot():
+    model = ToyVLM(reasons=True)
+    reply = model.encode("<think>shows mass shows cyst shows mass</think><answer>B</answer>")
+    found = find_slots(("cyst", "mass"), 1, reply, model.encode, model.decode_text)
+    assert [slot.position for slot in found] == [2, 6]
+    assert found[0] == find_slot(("cyst", "mass"), 1, reply, model.encode, model.decode_text)
+    assert find_slots(("left", "skin"), 0, reply, model.encode, model.decode_text) == ()

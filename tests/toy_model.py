@@ -188,6 +188,17 @@ class ToyVLM(nn.Module):
                 answers.append(Answer(letter, status, text, logprobs, letter, tokens))
         return answers
 
+    @torch.no_grad()
+    def completed(self, batch: Batch, pixels: Tensor, texts: Sequence[tuple[int, ...]]) -> list[int | None]:
+        found = []
+        for i, (features, question) in enumerate(zip(self._features(pixels), batch.questions, strict=True)):
+            reply = list(texts[i])
+            while len(reply) < 12 and END not in reply:
+                reply.append(int(self._next(features, batch.inputs["options"][i], reply).argmax()))
+            text = self.decode_text([t for t in reply if t != END])
+            found.append(extract(text, self.prompt, len(question.options), finished=END in reply)[0])
+        return found
+
     def sample(
         self, batch: Batch, pixels: Tensor, count: int, *, temperature: float = 1.0
     ) -> list[list[tuple[int, ...]]]:

@@ -170,6 +170,12 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
         "a wrong option minus the true one where the answer is decided, per restart another one",
         standard=False,
     ),
+    "decisive_slot": ObjectiveInfo(
+        "safemed_bench.attacks.decisive:DecisiveSlot",
+        "margin between the options at the place of the rationale whose change moves the answer",
+        True,
+        standard=False,
+    ),
     "stop_reasoning": ObjectiveInfo(
         _TARGETED + "StopReasoning", "likelihood of no rationale and a wrong letter (2402.14899)", True, standard=False
     ),

@@ -330,6 +330,17 @@ class HuggingFaceVLM:
             replies.append((tuple(row if end is None else row[:end]), end is not None))
         return replies
 
+    @torch.no_grad()
+    def completed(self, batch: Batch, pixels: Tensor, texts: Sequence[tuple[int, ...]]) -> list[int | None]:
+        """(B,) what the deployed path answers where its reply begins with `texts`, None where nothing is read."""
+        begun = Batch(batch.questions, batch.canvas, self._join(batch.inputs, texts)[0])
+        return [
+            extract(self.decode_text((*text, *rest)), self.prompt, len(q.options), finished=done)[0]
+            for text, (rest, done), q in zip(
+                texts, self._generate(begun, self.processed(pixels)), batch.questions, strict=True
+            )
+        ]
+
     def sample(
         self, batch: Batch, pixels: Tensor, count: int, *, temperature: float = 1.0
     ) -> list[list[tuple[int, ...]]]:
