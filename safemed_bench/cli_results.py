@@ -90,6 +90,14 @@ def board_add(
     reproduces: Annotated[
         bool, typer.Option("--reproduces", help="A second measurement, with another seed, of entries on the board.")
     ] = False,
+    standard: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of a new board: what its entries are attacked with at the least, safemed-attack or pgd "
+            "[default: safemed-attack].",
+        ),
+    ] = "",
     root: Root = "leaderboards",
     json: Json = False,
     verbose: Verbose = False,
@@ -97,7 +105,16 @@ def board_add(
     """Put the models of a run on the board of their suite and data."""
     from .commands.leaderboard import add as work
 
-    work(run, root, model or (), adaptive=adaptive, replace=replace, reproduces=reproduces, as_json=json)
+    work(
+        run,
+        root,
+        model or (),
+        adaptive=adaptive,
+        replace=replace,
+        reproduces=reproduces,
+        standard=standard,
+        as_json=json,
+    )
 
 
 @board_app.command("check")

@@ -57,7 +57,7 @@ def test_more_steps_must_not_help_the_model(tmp_path: Path, more: str, expected:
     assert said(tmp_path / "no order", "monotone-in-effort", records, settings) is None
 
 
-@pytest.mark.parametrize("black", ["noise", "square", "transfer"])
+@pytest.mark.parametrize("black", ["noise", "square", "pgd<-other[answer]"])
 def test_what_needs_no_gradient_must_not_win(tmp_path: Path, black: str) -> None:
     other = f"{black}@linf:2/255"
     assert said(tmp_path, "white-box-not-weaker", [*attacked(SMALL, RIGHT), *attacked(other, WRONG)]) == "fail"

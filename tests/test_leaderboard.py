@@ -19,9 +19,10 @@ from small_runs import CLEAN, PGD, SETTINGS, WORST, write
 from safemed_bench import cli
 from safemed_bench.core.errors import DataError, UsageError
 from safemed_bench.report import board as pages
-from safemed_bench.results.board_checks import check_board, standard_attack
+from safemed_bench.results.board_checks import check_board
 from safemed_bench.results.boards import add, board_name
 from safemed_bench.results.sources import load_measured
+from safemed_bench.results.standards import CASCADE, standard_attack
 
 N = 60
 BASE = {CLEAN: "1" * 54 + "0" * 6, "blank": "10" * 30, "shuffled": "1000" * 15, PGD: "1" * 40 + "0" * 20}
@@ -33,7 +34,7 @@ Entry = dict[str, Any]
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A folder of boards with one good entry, `m`."""
-    add(write(tmp_path / "run", BASE), tmp_path / "boards")
+    add(write(tmp_path / "run", BASE), tmp_path / "boards", standard="pgd")
     return tmp_path / "boards"
 
 
@@ -90,14 +91,14 @@ def test_a_good_entry_stands(root: Path) -> None:
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path, root: Path) -> None:
     again = tmp_path / "again"
-    add(tmp_path / "run", again)
+    add(tmp_path / "run", again, standard="pgd")
     for path in root.rglob("*.*"):
         assert path.read_bytes() == (again / path.relative_to(root)).read_bytes()
 
 
 def test_phantom_and_real_data_have_boards_of_their_own(tmp_path: Path, root: Path) -> None:
     real = {"data": {"name": "omnimedvqa", "fingerprint": "beef", "stamp": "OmniMedVQA"}}
-    add(write(tmp_path / "real", BASE, info=real), root)
+    add(write(tmp_path / "real", BASE, info=real), root, standard="pgd")
     assert sorted(p.name for p in root.iterdir()) == ["small", "small-phantom"]
     assert board_name({"suite": "s", "data": {"name": "mine"}}) == "s-mine"
 
@@ -147,7 +148,7 @@ def test_what_may_not_stand_is_not_written(
 ) -> None:
     root = tmp_path / "boards"
     root.mkdir()
-    assert words in refused(root, write(tmp_path / "run", outcomes, **options))
+    assert words in refused(root, write(tmp_path / "run", outcomes, **options), standard="pgd")
 
 
 @pytest.mark.parametrize(
@@ -172,10 +173,82 @@ def test_an_entry_of_other_terms_is_refused(tmp_path: Path, root: Path, options:
 def test_more_steps_are_welcome_and_a_stated_adaptive_attack_lets_a_defence_in(tmp_path: Path) -> None:
     strong = {"conditions": ["clean", {"attack": "pgd", "steps": 100, "restarts": 5}]}
     run = write(tmp_path / "run", BASE, settings=strong, card={"path": ""})
-    (path,) = add(run, tmp_path / "boards", adaptive="PGD through 16 draws of the noise")
+    (path,) = add(run, tmp_path / "boards", adaptive="PGD through 16 draws of the noise", standard="pgd")
     assert json.loads(path.read_text())["adaptive"].startswith("PGD through")
     (measured,) = load_measured(run).values()
-    assert standard_attack(measured) == []
+    assert standard_attack(measured, "pgd") == []
+
+
+STOOD = "1" * 40 + "0" * 20
+STAGES = {f"{name}@linf:4/255": STOOD for name in ("fgsm[answer]", "apgd[margin]", "apgd[targeted_margin]", "square")}
+APART = [
+    "clean",
+    {"attack": "fgsm"},
+    {"attack": "pgd", "steps": 20},
+    {"attack": "apgd", "restarts": 3, "objectives": ["margin", "targeted_margin"]},
+    {"attack": "square", "params": {"queries": 500}},
+]
+
+
+def test_a_new_board_demands_the_cascade_and_says_so(tmp_path: Path) -> None:
+    root = tmp_path / "boards"
+    root.mkdir()
+    said = refused(root, write(tmp_path / "weak", BASE))
+    for name in STAGES:
+        assert f"weaker attack: {name} is missing, which the standard attack has" in said
+    whole = {**BASE, f"{CASCADE}@linf:4/255": STOOD}
+    settings = {"conditions": [*SETTINGS["conditions"], {"attack": CASCADE}]}
+    add(write(tmp_path / "whole", whole, settings=settings), root)
+    add(write(tmp_path / "apart", BASE | STAGES, model="n", settings={"conditions": APART}), root)
+    assert problems(root) == problems(root, "n.json") == ""
+    assert json.loads((board(root) / "board.json").read_text())["standard"] == CASCADE
+    pages.build(root)
+    for page in ("README.md", "index.html"):
+        assert "standard attack: safemed-attack: FGSM" in (root / page).read_text()
+    with pytest.raises(UsageError, match="the board small-phantom has safemed-attack, for all its entries"):
+        add(write(tmp_path / "more", BASE, model="o"), root, standard="pgd")
+    with pytest.raises(UsageError, match="Did you mean 'pgd'"):
+        add(tmp_path / "more", tmp_path / "others", standard="pgdd")
+
+
+def test_a_board_that_does_not_say_was_made_for_pgd_and_keeps_it(tmp_path: Path, root: Path) -> None:
+    terms = board(root) / "board.json"
+    terms.write_text(json.dumps({k: v for k, v in json.loads(terms.read_text()).items() if k != "standard"}))
+    add(write(tmp_path / "next", BASE, model="n"), root)
+    assert problems(root) == problems(root, "n.json") == "" and "standard" not in json.loads(terms.read_text())
+    pages.build(root)
+    assert "PGD on every standard objective alone, weaker than safemed-attack" in (root / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({3: {"attack": "apgd", "objectives": ["margin", "targeted_margin"]}}, "has 1 restarts, fewer than 3"),
+        ({3: {"attack": "apgd", "steps": 10, "restarts": 3}}, "apgd[margin]@linf:4/255 has 10 steps, fewer than 50"),
+        ({4: {"attack": "square", "params": {"queries": 50}}}, "square@linf:4/255 has 50 queries, fewer than 500"),
+        ({4: {"attack": "square", "params": {"share": 0.1}}}, "sets share, which the standard attack leaves"),
+        ({1: {"attack": "square", "name": "fgsm"}}, "fgsm[answer]@linf:4/255 is not made by fgsm"),
+    ],
+)
+def test_weaker_stages_are_no_cascade(tmp_path: Path, change: dict[int, Any], words: str) -> None:
+    root = tmp_path / "boards"
+    root.mkdir()
+    settings = {"conditions": [change.get(i, condition) for i, condition in enumerate(APART)]}
+    assert words in refused(root, write(tmp_path / "run", BASE | STAGES, settings=settings))
+
+
+@pytest.mark.parametrize("reasons", [False, True])
+def test_the_stages_asked_for_are_those_of_the_cascade(reasons: bool) -> None:
+    from safemed_bench.attacks.cascade import SafeMedAttack
+    from safemed_bench.results.standards import DEFAULTS, _stages
+
+    made = SafeMedAttack().stages(reasons)
+    asked = {(part.attack, part.objective): part for part in _stages(reasons)}
+    assert asked.keys() == {(stage.attack.name, stage.objective) for stage in made}
+    for stage in made:
+        part = asked[stage.attack.name, stage.objective]
+        for key, default in DEFAULTS[stage.attack.name].items():
+            assert part.least.get(key, default) == getattr(stage.attack, key)
 
 
 def test_a_taken_name_is_not_overwritten_unasked(tmp_path: Path, root: Path) -> None:
@@ -282,7 +355,7 @@ def test_a_broken_entry_is_named_not_raised(root: Path) -> None:
     ],
 )
 def test_reasons_to_doubt_make_an_entry_unreliable(tmp_path: Path, outcomes: dict[str, str], name: str) -> None:
-    (path,) = add(write(tmp_path / "run", outcomes), tmp_path / "boards")
+    (path,) = add(write(tmp_path / "run", outcomes), tmp_path / "boards", standard="pgd")
     assert [flag["id"] for flag in json.loads(path.read_text())["flags"]] == [name]
     assert "unreliable, self-reported" in pages.to_markdown([pages.read_board(path.parents[1])])
 
@@ -340,7 +413,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     run, root = write(tmp_path / "run", BASE), tmp_path / "boards"
     root.mkdir()
     assert cli.invoke(["leaderboard", "check", "--root", str(root)]) == 0
-    assert cli.invoke(["leaderboard", "add", str(run), "--root", str(root), "--model", "m"]) == 0
+    assert cli.invoke(["leaderboard", "add", str(run), "--root", str(root), "--model", "m", "--standard", "pgd"]) == 0
     assert capsys.readouterr().out.endswith("small-phantom/entries/m.json\n")
     assert (root / "README.md").is_file() and (root / "index.html").is_file()
     assert cli.invoke(["leaderboard", "check", "--root", str(root), "--json"]) == 0
@@ -362,7 +435,7 @@ def test_a_limited_run_of_a_shipped_suite_is_refused(tmp_path: Path, capsys: Any
     assert cli.invoke(["leaderboard", "add", str(run), "--root", "boards"]) == 2
     assert "data.per_modality is 2, not 25" in capsys.readouterr().err and not Path("boards").exists()
     whole = write(tmp_path / "whole", BASE, settings={"data": {**data, "per_modality": 25}})
-    assert cli.invoke(["leaderboard", "add", str(whole), "--root", "boards"]) == 0
+    assert cli.invoke(["leaderboard", "add", str(whole), "--root", "boards", "--standard", "pgd"]) == 0
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")

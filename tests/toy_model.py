@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safemed_bench.core.seeds import derive_seed
 from safemed_bench.core.types import LETTERS, Answer, Question
 from safemed_bench.models.answers import extract
 from safemed_bench.models.base import Batch, Decode, Text
@@ -186,6 +187,34 @@ class ToyVLM(nn.Module):
             else:
                 answers.append(Answer(letter, status, text, logprobs, letter, tokens))
         return answers
+
+    @torch.no_grad()
+    def completed(self, batch: Batch, pixels: Tensor, texts: Sequence[tuple[int, ...]]) -> list[int | None]:
+        found = []
+        for i, (features, question) in enumerate(zip(self._features(pixels), batch.questions, strict=True)):
+            reply = list(texts[i])
+            while len(reply) < 12 and END not in reply:
+                reply.append(int(self._next(features, batch.inputs["options"][i], reply).argmax()))
+            text = self.decode_text([t for t in reply if t != END])
+            found.append(extract(text, self.prompt, len(question.options), finished=END in reply)[0])
+        return found
+
+    def sample(
+        self, batch: Batch, pixels: Tensor, count: int, *, temperature: float = 1.0
+    ) -> list[list[tuple[int, ...]]]:
+        replies = []
+        with torch.no_grad():
+            for i, (features, question) in enumerate(zip(self._features(pixels), batch.questions, strict=True)):
+                draw = torch.Generator().manual_seed(derive_seed("toy sample", question.id))
+                options, own = batch.inputs["options"][i], []
+                for _ in range(count):
+                    reply: list[int] = []
+                    while len(reply) < 12 and END not in reply:
+                        chances = (self._next(features, options, reply) / temperature).softmax(-1)
+                        reply.append(int(torch.multinomial(chances, 1, generator=draw)))
+                    own.append(tuple(t for t in reply if t != END))
+                replies.append(own)
+        return replies
 
     def self_check(self, batch: Batch) -> dict[str, Any]:
         return {}

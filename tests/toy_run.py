@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,12 @@ def toy_dataset(folder: Path, count: int = 12) -> Dataset:
 
 
 def toy_plan(
-    dataset: Dataset, models: tuple[Any, ...] = ("toy",), conditions: tuple[Any, ...] = ("clean",), **run: Any
+    dataset: Dataset,
+    models: tuple[Any, ...] = ("toy",),
+    conditions: tuple[Any, ...] = ("clean",),
+    *,
+    pools: Mapping[str, Sequence[Question]] | None = None,
+    **run: Any,
 ) -> Plan:
     load_plugin_file(PLUGIN)
     suite = Suite.model_validate(
@@ -69,7 +75,7 @@ def toy_plan(
             "run": {"chunk": 4, "workers": 1, "device": "cpu"} | run,
         }
     )
-    return build_plan(suite, dataset, [resolve(spec) for spec in suite.models])
+    return build_plan(suite, dataset, [resolve(spec) for spec in suite.models], pools=pools)
 
 
 def toy_execute(plan: Plan, output: Path, **options: Any) -> RunOutcome:

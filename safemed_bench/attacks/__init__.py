@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .base import Attack, Objective
     from .cascade import Cascade, Stage
     from .external import External
+    from .universal import UniversalAttack
 
 CODE_VERSION = 1
 """Goes into unit keys; raised whenever a change here can change a record."""
@@ -92,6 +93,11 @@ ATTACKS: dict[str, AttackInfo] = {
         ("steps", "apgd_steps", "queries"),
         objectives=False,
     ),
+    "universal": AttackInfo(
+        "safemed_bench.attacks.universal:UniversalAttack",
+        "one perturbation per modality (1610.08401), fitted on questions of another split, shown on all that are asked",
+        ("steps", "questions", "split"),
+    ),
     "external": AttackInfo(
         "safemed_bench.attacks.external:External",
         "images made elsewhere, by question id: a folder of pictures or .npz files; audited, then shown to the entry",
@@ -134,6 +140,7 @@ ART_CLASSES = {
 
 _OBJECTIVES = "safemed_bench.attacks.objectives:"
 _TARGETED = "safemed_bench.attacks.targeted:"
+_EXPECTED = "safemed_bench.attacks.expected:"
 OBJECTIVES: dict[str, ObjectiveInfo] = {
     "answer": ObjectiveInfo(
         _OBJECTIVES + "AnswerToken",
@@ -161,6 +168,24 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
     "targeted_margin": ObjectiveInfo(
         _TARGETED + "TargetedMargin",
         "a wrong option minus the true one where the answer is decided, per restart another one",
+        standard=False,
+    ),
+    "decisive_slot": ObjectiveInfo(
+        "safemed_bench.attacks.decisive:DecisiveSlot",
+        "margin between the options at the place of the rationale whose change moves the answer",
+        True,
+        standard=False,
+    ),
+    "stop_reasoning": ObjectiveInfo(
+        _TARGETED + "StopReasoning", "likelihood of no rationale and a wrong letter (2402.14899)", True, standard=False
+    ),
+    "expected_rationales": ObjectiveInfo(
+        _EXPECTED + "ExpectedRationales", "mean decision-slot margin over sampled rationales", True, standard=False
+    ),
+    "expected_prompts": ObjectiveInfo(
+        _EXPECTED + "ExpectedPrompts",
+        "mean decision-slot margin over orders of the options and wordings of the prompt",
+        True,
         standard=False,
     ),
     "directed": ObjectiveInfo(
@@ -217,7 +242,17 @@ def needs_objective(attack: str) -> bool:
     return info.objectives if info else bool(getattr(registry.attacks.get(attack), "needs_objective", True))
 
 
-def build_attack(name: str, parameters: Mapping[str, Any] | None = None) -> Attack | Cascade | External:
+def fitted_on(attack: str, parameters: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Split, and questions of each modality, that an attack is fitted on before it is shown any question; None for all
+    that look at each question by itself."""
+    if attack != "universal":
+        return None
+    return str(parameters.get("split", "validation")), int(parameters.get("questions", 25))
+
+
+def build_attack(
+    name: str, parameters: Mapping[str, Any] | None = None
+) -> Attack | Cascade | External | UniversalAttack:
     """An attack or a cascade from its registered name and parameters. Raises UsageError where one is wrong."""
     kind = registry.attacks.get(attack_name(name))
     parameters = dict(parameters or {})
@@ -232,11 +267,14 @@ def build_strike(
     attack: str, objective: str, parameters: Mapping[str, Any] | None = None
 ) -> Stage | Cascade | External:
     """What a cell does: an attack with its objective ("" for a black box), a cascade, or images made elsewhere; all are
-    called alike."""
+    called alike. Raises UsageError for an attack that is fitted on other questions first."""
     from .base import Attack
     from .cascade import Stage
+    from .universal import UniversalAttack
 
     built = build_attack(attack, parameters)
+    if isinstance(built, UniversalAttack):
+        raise UsageError(f"attack '{attack}' is fitted on other questions first: see universal.fit_universal")
     return Stage(built, objective) if isinstance(built, Attack) else built
 
 

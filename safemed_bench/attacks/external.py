@@ -9,15 +9,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Generator
 
 from ..core.errors import DataError, UsageError
 from ..core.types import Answer, ThreatModel
 from ..models.base import Batch, VisionLanguageModel
 from .audit import audit
-from .base import AttackResult, deployed_verdict, frozen
+from .base import AttackResult
+from .given import judged
 from .supplied import Supplied, open_supplied
-from .threat import norms
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,7 @@ class External:
             image, problem = _taken(supplied, question.id, canvas[i].numpy(), threat, needed=needed)
             images[i] = torch.from_numpy(image)
             problems.append(problem)
-        ask = [i for i, told in enumerate(problems) if right[i] and not told and not torch.equal(images[i], canvas[i])]
-        answers = list(clean_answers)
-        if ask:
-            shown = images[ask].to(batch.canvas.device).float() / 255
-            with frozen(model):
-                found = deployed_verdict(model, batch.select(ask), shown)
-            for i, answer in zip(ask, found, strict=True):
-                answers[i] = answer
-        attacked = torch.tensor([ok and not told for ok, told in zip(right, problems, strict=True)])
-        wrong = torch.tensor([a.index != q.answer for a, q in zip(answers, batch.questions, strict=True)])
-        asked = torch.zeros(len(batch), dtype=torch.long).index_fill(0, torch.tensor(ask, dtype=torch.long), 1)
-        return _result(canvas, images, attacked, wrong, asked, answers, problems)
+        return judged(model, batch, images, clean_answers, problems=problems)
 
 
 def _taken(
@@ -80,34 +69,3 @@ def _taken(
     except DataError as error:
         return canvas, str(error)
     return image, audit(threat, canvas, image)
-
-
-def _result(
-    canvas: Tensor,
-    images: Tensor,
-    attacked: Tensor,
-    wrong: Tensor,
-    asked: Tensor,
-    answers: Sequence[Answer],
-    problems: Sequence[str],
-) -> AttackResult:
-    none, unknown = torch.zeros_like(asked), torch.full((len(asked),), torch.nan)
-    linf, l2 = norms(canvas, images)
-    return AttackResult(
-        adversarial=images,
-        attacked=attacked,
-        success=attacked & wrong,
-        answers=tuple(answers),
-        steps=none,
-        loss_trace=torch.empty(len(asked), 0),
-        forwards=none,
-        backwards=none,
-        verdicts=asked,
-        linf=linf,
-        l2=l2,
-        start_loss=unknown,
-        final_loss=unknown,
-        dead_gradients=none,
-        extra=({},) * len(asked),
-        problems=tuple(problems),
-    )

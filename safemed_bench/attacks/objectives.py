@@ -158,12 +158,12 @@ def slot_margin(
 
 
 def either(
-    slots: Sequence[Slot | None],
+    slots: Sequence[object],
     main: Callable[[Sequence[int]], Prepared],
     fallback: Callable[[Sequence[int]], Prepared],
     extra: tuple[dict[str, Any], ...] = (),
 ) -> Prepared:
-    """`main` for the questions that have a slot, `fallback` for the rest."""
+    """`main` for the questions that have a slot, or whatever it needs; `fallback` for the rest."""
     at = [i for i, slot in enumerate(slots) if slot]
     rest = [i for i, slot in enumerate(slots) if not slot]
     first, second = torch.tensor(at, dtype=torch.long), torch.tensor(rest, dtype=torch.long)

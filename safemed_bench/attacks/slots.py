@@ -7,7 +7,7 @@ without a leading space, as written, in lower case, capitalised) and looked up a
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 Encode = Callable[[str], tuple[int, ...]]
@@ -42,13 +42,22 @@ def find_slot(options: Sequence[str], chosen: int, reply: Sequence[int], encode:
     The option's whole text is looked for first, then the least run of its leading words that no other option begins
     with; a lone token would match pieces of unrelated words.
     """
+    return next(iter(find_slots(options, chosen, reply, encode, decode)), None)
+
+
+def find_slots(
+    options: Sequence[str], chosen: int, reply: Sequence[int], encode: Encode, decode: Decode
+) -> tuple[Slot, ...]:
+    """All such places, the earliest first."""
     rationale = tuple(reply[: rationale_length(reply, decode)])
     for whole in (True, False):
-        forms = _forms(options, chosen, encode, whole=whole)
-        found = [slot for form in forms if (slot := _locate(form, rationale, decode))]
+        found: dict[int, Slot] = {}
+        for form in _forms(options, chosen, encode, whole=whole):
+            for slot in _locate(form, rationale, decode):
+                found.setdefault(slot.position, slot)
         if found:
-            return min(found, key=lambda slot: slot.position)
-    return None
+            return tuple(found[position] for position in sorted(found))
+    return ()
 
 
 def rationale_length(reply: Sequence[int], decode: Decode) -> int:
@@ -94,16 +103,15 @@ def _leading_words(text: str, own: tuple[int, ...], offset: int, encode: Encode)
     return own
 
 
-def _locate(form: Form, rationale: tuple[int, ...], decode: Decode) -> Slot | None:
-    """The first place where the form stands as whole words."""
+def _locate(form: Form, rationale: tuple[int, ...], decode: Decode) -> Iterator[Slot]:
+    """The places where the form stands as whole words."""
     size = len(form.tokens)
     for start in range(len(rationale) - max(size, form.offset + 1) + 1):
         own = rationale[start + form.offset]
         if rationale[start : start + size] != form.tokens or own in form.rivals:
             continue
         if _is_whole(rationale, start, start + size, decode):
-            return Slot(start + form.offset, (own, *form.rivals))
-    return None
+            yield Slot(start + form.offset, (own, *form.rivals))
 
 
 def _is_whole(rationale: tuple[int, ...], start: int, end: int, decode: Decode) -> bool:

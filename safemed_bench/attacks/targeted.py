@@ -173,6 +173,25 @@ class Targeted(TargetedMargin):
 
 
 @dataclass(frozen=True)
+class StopReasoning(TargetedMargin):
+    """Likelihood of a reply that ends its rationale at once and gives a wrong letter (Wang et al., 2402.14899).
+
+    Restart k gives the k-th likeliest wrong letter. `no_think` asks how the letter falls where there is no rationale;
+    this also makes the model write none.
+    """
+
+    name: ClassVar[str] = "stop_reasoning"
+    reasoning_only: ClassVar[bool] = True
+
+    def _toward(
+        self, model: VisionLanguageModel, batch: Batch, answers: Sequence[Answer], aims: Sequence[int]
+    ) -> Prepared:
+        tails = [split_at_letter(answer.text) or ("", "") for answer in answers]
+        texts = [model.answer_prefix("") + LETTERS[aim] + tail for aim, (_, tail) in zip(aims, tails, strict=True)]
+        return _WrongReply(model, batch, tuple(model.encode(text) for text in texts))
+
+
+@dataclass(frozen=True)
 class Directed(TargetedMargin):
     """`targeted_margin` towards the clinically opposite answer: from a disease to `normal`, and from normal to one.
 

@@ -11,7 +11,15 @@ from . import output as out
 
 
 def add(
-    run: str, root: str, models: Sequence[str], *, adaptive: str, replace: bool, reproduces: bool, as_json: bool
+    run: str,
+    root: str,
+    models: Sequence[str],
+    *,
+    adaptive: str,
+    replace: bool,
+    reproduces: bool,
+    standard: str,
+    as_json: bool,
 ) -> None:
     """Put models of a run on their board, and build the pages. Raises DataError with all that stands against it."""
     from ..report.board import build as build_pages
@@ -21,7 +29,15 @@ def add(
     if replace and reproduces:
         raise UsageError("--replace puts another entry in its place, --reproduces adds to it: choose one")
     _check_whole(load_settings(Path(run)))
-    entries = work(Path(run), Path(root), tuple(models), adaptive=adaptive, replace=replace, reproduces=reproduces)
+    entries = work(
+        Path(run),
+        Path(root),
+        tuple(models),
+        adaptive=adaptive,
+        replace=replace,
+        reproduces=reproduces,
+        standard=standard,
+    )
     pages = build_pages(Path(root))
     if as_json:
         out.print_json({"entries": [str(path) for path in entries], "pages": [str(path) for path in pages]})

@@ -14,6 +14,7 @@ from ..suite.loader import Override, load_suites
 from ..suite.schema import FILTER_KEYS, ModelSpec, RunSpec, Suite
 
 if TYPE_CHECKING:
+    from ..core.types import Question
     from ..models.card import ModelCard
     from ..suite.plan import Plan
 
@@ -144,7 +145,23 @@ def _plan(suite: Suite, request: Request, cards: Sequence[ModelCard | None], mis
     notes = [f"limited to {request.limit} questions per modality"] if cut else []
     notes += [f"only {key} {' or '.join(values)}" for key, values in suite.data.filter.items()]
     notes += [f"LEFT OUT {' '.join(message.split())}" for message in missing]
-    return build_plan(suite, datasets.load(suite.data), cards, dtype=resolved_dtype(suite.run), notes=notes)
+    dtype, pools = resolved_dtype(suite.run), fit_pools(suite)
+    return build_plan(suite, datasets.load(suite.data), cards, dtype=dtype, notes=notes, pools=pools)
+
+
+def fit_pools(suite: Suite) -> dict[str, tuple[Question, ...]]:
+    """Questions of other splits, for the suite's attacks that are fitted on some before they are shown any."""
+    from .. import datasets
+    from ..attacks import fitted_on
+
+    wanted: dict[str, int] = {}
+    for spec in suite.conditions:
+        if found := fitted_on(spec.attack or "", spec.parameters):
+            wanted[found[0]] = max(found[1], wanted.get(found[0], 0))
+    return {
+        split: datasets.load(suite.data.model_copy(update={"split": split, "per_modality": count})).questions
+        for split, count in wanted.items()
+    }
 
 
 def resolved_dtype(run: RunSpec) -> str:

@@ -19,6 +19,8 @@ MODALITIES = (
 LETTERS = "ABCD"
 PROBE = "probe:"
 """What the names of conditions begin with that serve the diagnostics alone and enter no table."""
+FROM = "<-"
+"""What stands in a condition's name between an attack and the entry whose images it shows: `pgd<-sft`."""
 
 Norm = Literal["linf", "l2", "l1"]
 Status = Literal["valid", "invalid", "truncated", "abstain"]
@@ -94,6 +96,16 @@ class Unit:
     question_id: str
     cell: str
     seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class FitSet:
+    """Questions of one modality that an attack is fitted on; none of them is asked. `key` is a hash of everything that
+    can change the fit."""
+
+    key: str
+    modality: str
+    questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from .chat import ChatFormat
 from .loading import end_ids, load_weights, unwrapped
 from .pixels import PixelMap, image_processor_call
 from .processors import load_processor
-from .prompts import get_prompt
+from .prompts import PROMPTS, Prompt, get_prompt
 from .selfcheck import probe_batch, self_check
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -74,11 +74,26 @@ class HuggingFaceVLM:
 
     # -- text ----------------------------------------------------------------------------------------------------
 
-    def prepare(self, questions: Sequence[Question], canvas: Tensor) -> Batch:
-        """Questions and their (B, 3, H, W) uint8 canvases to a batch; token ids are padded on the left."""
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Names of the prompts that ask for a reply of the same shape, the entry's own first."""
+
+        def shape(prompt: Prompt) -> tuple[bool, ...]:
+            return prompt.reasons, prompt.tagged, prompt.image
+
+        others = [name for name, p in PROMPTS.items() if shape(p) == shape(self.prompt) and name != self.prompt.name]
+        return (self.prompt.name, *others)
+
+    def prepare(self, questions: Sequence[Question], canvas: Tensor, *, wordings: Sequence[str] | None = None) -> Batch:
+        """Questions and their (B, 3, H, W) uint8 canvases to a batch; token ids are padded on the left.
+
+        wordings: for each question one of `wordings`; by default the entry's own.
+        """
         if tuple(canvas.shape[-2:]) != self.resolution or canvas.dtype != torch.uint8:
             raise ValueError(f"canvas must be uint8 of {self.resolution}, not {canvas.dtype} {tuple(canvas.shape)}")
-        inputs = self.compose([self.prompt.user_text(q) for q in questions], image=self.prompt.image)
+        prompts = [get_prompt(name) for name in wordings] if wordings else [self.prompt] * len(questions)
+        texts = [prompt.user_text(q) for prompt, q in zip(prompts, questions, strict=True)]
+        inputs = self.compose(texts, image=self.prompt.image)
         return Batch(tuple(questions), canvas, inputs).to(self.device)
 
     def compose(self, texts: Sequence[str], *, image: bool = True) -> dict[str, Tensor]:
@@ -314,6 +329,32 @@ class HuggingFaceVLM:
             end = next((i for i, token in enumerate(row) if token in self.end_ids), None)
             replies.append((tuple(row if end is None else row[:end]), end is not None))
         return replies
+
+    @torch.no_grad()
+    def completed(self, batch: Batch, pixels: Tensor, texts: Sequence[tuple[int, ...]]) -> list[int | None]:
+        """(B,) what the deployed path answers where its reply begins with `texts`, None where nothing is read."""
+        begun = Batch(batch.questions, batch.canvas, self._join(batch.inputs, texts)[0])
+        return [
+            extract(self.decode_text((*text, *rest)), self.prompt, len(q.options), finished=done)[0]
+            for text, (rest, done), q in zip(
+                texts, self._generate(begun, self.processed(pixels)), batch.questions, strict=True
+            )
+        ]
+
+    def sample(
+        self, batch: Batch, pixels: Tensor, count: int, *, temperature: float = 1.0
+    ) -> list[list[tuple[int, ...]]]:
+        """`count` sampled replies to each question, as token ids; what is drawn depends on the question alone."""
+        from ..training.rollout import draws, sample  # the trainer's sampler: its draws depend on no batch or device
+
+        length = self.card.max_new_tokens
+        uniforms = torch.cat([draws("sample", q.id, n=count, max_new_tokens=length) for q in batch.questions])
+        with torch.no_grad():
+            values = self.pixel_values(pixels)
+        found = sample(
+            self, batch.inputs, values, count, uniforms, max_new_tokens=length, temperature=temperature
+        ).replies()
+        return [found[i * count : (i + 1) * count] for i in range(len(batch))]
 
     def self_check(self, batch: Batch) -> dict[str, Any]:
         """Pixel map = processor, gradient = finite difference, single = batched (selfcheck.py)."""

@@ -13,6 +13,7 @@ from typing import Any
 from ..core.journal import write_atomic
 from ..results.board_checks import check_file
 from ..results.sources import BOARD, entry_files, load_board, load_entry
+from ..results.standards import STANDARDS, standard_of
 from ..results.summary import threat_order
 from .jinja import template
 
@@ -70,7 +71,12 @@ def read_board(folder: Path) -> Board:
         terms["title"] or terms["suite"],
         terms["data"]["stamp"],
         {"phantom": "phantom", "omnimedvqa": "real"}.get(terms["data"]["name"], "unknown"),
-        (f"{len(terms['questions']):,} questions", f"threat: {terms['terms']['threat']}", terms["terms"]["canvas"]),
+        (
+            f"{len(terms['questions']):,} questions",
+            f"threat: {terms['terms']['threat']}",
+            terms["terms"]["canvas"],
+            f"standard attack: {STANDARDS.get(standard_of(terms), standard_of(terms))}",
+        ),
         (*columns, "image gain", "invalid", "best-known attack", "status"),
         tuple((Cell(f"{i}", order=float(i)), *row) for i, row in enumerate(rows, 1)),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.types import Estimate
 from ..results.formats import cell_parts
+from ..results.frames import Condition
 from ..results.tables import ALL, Column, Numbers
 from .curves import NORMS, colour_of
 from .page import PHANTOM, Stamp
@@ -147,13 +148,15 @@ def _attacks(source: Source) -> list[str]:
             names = found.setdefault(condition.kind, {})
             if condition.objective:
                 names[OBJECTIVES.get(condition.objective, condition.objective.replace("_", " "))] = None
-    return [f"{kind.upper()} ({'; '.join(filter(None, (_steps(source, kind), ', '.join(names))))})"
-            for kind, names in found.items()]  # fmt: skip
+    return [f"{c.words} ({'; '.join(filter(None, (_steps(source, c), ', '.join(names))))})"
+            for c, names in ((Condition.parse(kind), names) for kind, names in found.items())]  # fmt: skip
 
 
-def _steps(source: Source, attack: str) -> str:
+def _steps(source: Source, attack: Condition) -> str:
     for condition in source.suite.get("conditions") or ():
-        if isinstance(condition, dict) and condition.get("attack") == attack and "steps" in condition:
+        if not isinstance(condition, dict) or (condition.get("transfer") or "") != attack.source:
+            continue
+        if condition.get("attack") == attack.attack and "steps" in condition:
             restarts = condition.get("restarts", 1)
             return f"{condition['steps']} steps" + (f", {restarts} restarts" if restarts != 1 else "")
     return ""

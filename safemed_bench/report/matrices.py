@@ -11,7 +11,7 @@ from ..core.types import Estimate
 from ..results.formats import cell_parts
 from ..results.frames import Condition, Verdicts
 from ..results.intervals import proportion
-from ..results.tables import ALL, Column, Numbers, Row, Table, condition_label, modalities
+from ..results.tables import ALL, Column, Numbers, Row, Table, condition_label, modalities, transfer
 from .source import Source, attacks_at
 
 MICRO, MACRO = "all (micro)", "all (macro)"
@@ -88,10 +88,16 @@ def grid_of(table: Table) -> Grid:
     return Grid(table.keys, tuple(c.label for c in table.columns), rows, table.title)
 
 
+def transfer_grid(numbers: Numbers) -> Grid | None:
+    """The matrices of source and target, None where no entry was shown another one's images."""
+    table = transfer(numbers)
+    return grid_of(table) if table.rows else None
+
+
 def objective_grid(source: Source) -> Grid | None:
     """Every attack and objective at the headline threat by model: each alone, then the worst per question."""
     numbers = source.numbers
-    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective]
+    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective and not c.source]
     if not single:
         return None
     worst = [c for c in numbers.aggregates if c.threat == numbers.headline and c.kind != "noise"]
@@ -122,7 +128,7 @@ def overlap_grids(source: Source) -> list[tuple[str, Grid]]:
 
 
 def _overlap(verdicts: Verdicts, attacks: list[Condition]) -> Grid:
-    names = [f"{c.kind.upper()} {(c.objective or '').replace('_', ' ')}".strip() for c in attacks]
+    names = [f"{c.words} {(c.objective or '').replace('_', ' ')}".strip() for c in attacks]
     rows, n = [], len(verdicts.questions)
     for i, first in enumerate(attacks):
         cells = [cell(_both(verdicts, first.name, second.name), Column(""), n) for second in attacks[: i + 1]]

@@ -8,17 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from ..attacks import standard_objectives
 from ..core.errors import DataError
 from .entries import REPRODUCED, SELF_REPORTED, digest_of, findings
 from .frames import Condition
 from .intervals import paired_difference
 from .metrics import BLIND
-from .protocol import parameters_of, protocol_of, spec_of
+from .protocol import protocol_of
 from .sources import Measured, entry_files, load_board, load_entry, load_packed, measured_entry
+from .standards import short_efforts, standard_attack, standard_of
 from .summary import threat_order
 
-STEPS, RESTARTS = 20, 1
 SLACK = 1e-6
 """By how much a stored norm may exceed eps, on the [0, 1] pixel scale: its rounding."""
 
@@ -49,52 +48,11 @@ def check_entry(entry: Mapping[str, Any], frame: pd.DataFrame, board: Mapping[st
     return [
         *_check_coverage(entry, frame, measured),
         *_check_records(frame),
-        *standard_attack(measured),
-        *_check_effort(frame, measured),
+        *standard_attack(measured, standard_of(board)),
+        *short_efforts(frame, measured),
         *_check_adaptive(entry),
         *_check_numbers(entry, measured),
     ]
-
-
-def standard_attack(measured: Measured) -> list[str]:
-    """What is missing for the attack that a board demands: the one place to change when it demands more.
-
-    For now PGD at the headline eps with every standard objective that applies to the entry, at least 20 steps and one
-    restart, all else at the attack's defaults. More attacks, steps or restarts are welcome.
-    """
-    headline = measured.info.get("headline")
-    reasons = any(c.get("name") == measured.model and c.get("reasons") for c in measured.info.get("models", ()))
-    problems = []
-    for objective in standard_objectives(reasons):
-        name = f"pgd[{objective}]@{headline}"
-        if name not in measured.conditions:
-            problems.append(f"weaker attack: {name} is missing, which the standard attack has")
-        else:
-            problems += [f"weaker attack: {name} {why}" for why in _weakened(name, measured)]
-    return problems
-
-
-def _weakened(name: str, measured: Measured) -> Iterator[str]:
-    spec = spec_of(Condition.parse(name), measured.settings)
-    if spec is None or spec.get("attack") != "pgd":
-        yield "is not made by pgd"
-        return
-    given = parameters_of(spec)
-    for key, least in (("steps", STEPS), ("restarts", RESTARTS)):
-        if int(given.pop(key, least)) < least:
-            yield f"has {spec[key]} {key}, fewer than {least}"
-    for key in given:
-        yield f"sets {key}, which the standard attack leaves at its default"
-
-
-def _check_effort(frame: pd.DataFrame, measured: Measured) -> Iterator[str]:
-    """An answer that stood was attacked to the end, whatever the settings say."""
-    attacked = frame["condition"].str.startswith("pgd[") & frame["condition"].str.endswith(
-        f"@{measured.info['headline']}"
-    )
-    stood = frame[attacked & (frame["correct"] == 1)]
-    if few := int((stood["steps"].fillna(0) < STEPS * RESTARTS).sum()):
-        yield f"weaker attack: {few:,} answers stood after fewer than {STEPS * RESTARTS} steps"
 
 
 def _check_digest(entry: Mapping[str, Any], folder: Path) -> Iterator[str]:

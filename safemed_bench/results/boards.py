@@ -22,6 +22,7 @@ from .sources import (
     load_packed,
     measured_entry,
 )
+from .standards import CASCADE, check_standard, standard_of
 
 REAL = "omnimedvqa"
 PARTS = ("records", "records_sha256", "run", "settings", "numbers", "best_known_attack", "flags")
@@ -42,11 +43,14 @@ def add(
     adaptive: str = "",
     replace: bool = False,
     reproduces: bool = False,
+    standard: str = "",
 ) -> list[Path]:
     """Put the models of a run (all, or those named) on the board of their suite and data; returns the entries' paths.
 
-    reproduces: the run measures models again that are on the board; they are then marked so. Nothing is written where
-    anything is wrong: raises DataError with all of it, UsageError for an unknown model or a name that is taken.
+    reproduces: the run measures models again that are on the board; they are then marked so. standard: the least that
+    entries of a new board are attacked with, by default safemed-attack; that of a board which is there stays. Nothing
+    is written where anything is wrong: raises DataError with all of it, UsageError for an unknown model or standard,
+    and for a standard that is not the board's.
     """
     measured = load_measured(run)
     for name in models:
@@ -57,7 +61,7 @@ def add(
         if not one.info.get("suite") or not one.info.get("headline") or not one.settings:
             raise DataError(f"{run}: without run.json and suite.yaml nobody can tell how it was measured")
     folder = root / board_name(chosen[0].info)
-    board = load_board(folder) if (folder / BOARD).is_file() else make_board(chosen[0])
+    board = _board(folder, chosen[0], check_standard(standard) if standard else "")
     files: dict[Path, bytes] = {folder / BOARD: dump(board)}
     problems: list[str] = []
     for one in chosen:
@@ -76,6 +80,18 @@ def add(
     for path, data in files.items():
         write_atomic(path, data)
     return [folder / ENTRIES / f"{one.model}.json" for one in chosen]
+
+
+def _board(folder: Path, first: Measured, standard: str) -> dict[str, Any]:
+    """The terms that are there, or new ones."""
+    if not (folder / BOARD).is_file():
+        return make_board(first, standard or CASCADE)
+    board = load_board(folder)
+    if standard and standard != standard_of(board):
+        raise UsageError(
+            f"--standard {standard}: the board {folder.name} has {standard_of(board)}, for all its entries"
+        )
+    return board
 
 
 def _enter(

@@ -74,8 +74,11 @@ def _settings(measured: Measured) -> dict[str, Any]:
     return settings
 
 
-def make_board(measured: Measured) -> dict[str, Any]:
-    """The terms of a new board, those of its first entry, without the image files' places on one machine."""
+def make_board(measured: Measured, standard: str) -> dict[str, Any]:
+    """The terms of a new board, those of its first entry, without the image files' places on one machine.
+
+    standard: the least that its entries are attacked with (standards.py).
+    """
     info, protocol = measured.info, measured.protocol
     return {
         "schema": SCHEMA,
@@ -83,6 +86,7 @@ def make_board(measured: Measured) -> dict[str, Any]:
         "title": info.get("title", ""),
         "data": info["data"],
         "headline": info["headline"],
+        "standard": standard,
         "terms": {"threat": protocol.threat, "canvas": protocol.canvas, "code": dict(protocol.code)},
         "questions": [{k: v for k, v in q.items() if k != "image"} for q in info["questions"]],
     }

@@ -25,7 +25,7 @@ import pandas as pd
 
 from ..core import journal
 from ..core.errors import DataError
-from ..core.types import LETTERS, MODALITIES, PROBE, Record
+from ..core.types import FROM, LETTERS, MODALITIES, PROBE, Record
 
 RECORDS = "records.jsonl"
 RUN = "run.json"
@@ -45,7 +45,10 @@ _CONDITION = re.compile(r"(?P<kind>[^\[@]+)(?:\[(?P<objective>[^\]]*)\])?(?:@(?P
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A condition's name taken apart: `pgd[answer]@linf:4/255` is kind pgd, objective answer, threat linf:4/255."""
+    """A condition's name taken apart: `pgd[answer]@linf:4/255` is kind pgd, objective answer, threat linf:4/255.
+
+    Of `pgd<-sft[answer]@linf:4/255`, images of the attack pgd against the entry sft, the kind is `pgd<-sft`.
+    """
 
     name: str
     kind: str
@@ -63,6 +66,21 @@ class Condition:
     def is_attack(self) -> bool:
         """An adversary's condition, single or aggregated; random noise is not one."""
         return self.threat is not None and self.kind not in NO_ATTACK
+
+    @property
+    def attack(self) -> str:
+        """The kind without the entry whose images are shown."""
+        return self.kind.partition(FROM)[0]
+
+    @property
+    def source(self) -> str:
+        """The entry whose adversarial images are shown to another one, "" where they are made against it itself."""
+        return self.kind.partition(FROM)[2]
+
+    @property
+    def words(self) -> str:
+        """What a table calls the kind: `PGD`, `PGD from sft`."""
+        return f"{self.attack.upper()} from {self.source}" if self.source else self.kind.upper()
 
     @property
     def norm(self) -> str:
@@ -298,8 +316,8 @@ def with_worst_cases(verdicts: Verdicts) -> Verdicts:
     """The same with the aggregates as columns: `pgd@…` per attack and threat, `worst@…` per threat.
 
     Per question the worst member counts. `pgd@…` spans the attack's objectives; `worst@…` spans every attack of the
-    same norm and eps, and clean. Wrong in one member is wrong, whatever else is missing; otherwise a question that is
-    missing in one member is missing.
+    same norm and eps, and clean, and so the images that were made against other entries. Wrong in one member is wrong,
+    whatever else is missing; otherwise a question that is missing in one member is missing.
     """
     members: dict[str, list[str]] = {}
     for condition in verdicts.conditions:

@@ -98,9 +98,11 @@ def spec_of(condition: Condition, settings: Mapping[str, Any]) -> Mapping[str, A
     headline = settings.get("threat", {}).get("headline")
     at_headline = (condition.threat or "").partition(":")[2] == str(headline)
     for spec in settings.get("conditions", ()):
-        if isinstance(spec, Mapping) and condition.kind in (spec.get("name"), spec.get("attack")):
+        if isinstance(spec, Mapping) and condition.attack in (spec.get("name"), spec.get("attack")):
             named = spec.get("name") or spec.get("attack")
-            if named == condition.kind and spec.get("at", "all") in ("all", "headline" if at_headline else "other"):
+            if (named, spec.get("transfer") or "") != (condition.attack, condition.source):
+                continue
+            if spec.get("at", "all") in ("all", "headline" if at_headline else "other"):
                 return spec
     return None
 

@@ -75,9 +75,11 @@ class Numbers:
 
     @property
     def aggregates(self) -> list[Condition]:
-        """Noise, each attack (worst of its objectives) and the worst of all, each at every eps, the smallest first."""
+        """Noise, each attack (worst of its objectives) and the worst of all, each at every eps, the smallest first.
+
+        Images made against another entry have a table of their own (`transfer`)."""
         order = {"noise": 0, "fgsm": 1, "worst": 3}
-        found = [c for c in self.conditions if c.threat and c.objective is None]
+        found = [c for c in self.conditions if c.threat and c.objective is None and not c.source]
         return sorted(found, key=lambda c: (order.get(c.kind, 2), c.kind, c.eps))
 
     @property
@@ -99,7 +101,7 @@ class Numbers:
 def build(summary: Mapping[str, Any]) -> list[Table]:
     """All tables that the run has numbers for."""
     numbers = Numbers(summary)
-    made = (overall, modalities, certified, objectives, validity)
+    made = (overall, modalities, certified, objectives, transfer, validity)
     return [table for table in (make(numbers) for make in made) if table.rows]
 
 
@@ -183,7 +185,8 @@ def _measured(
 
 def objectives(numbers: Numbers) -> Table:
     """Reasoning models at the headline threat: each objective alone, the weakest of them, and the per-sample worst."""
-    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective and c.is_attack]
+    own = [c for c in numbers.conditions if c.is_attack and not c.source]
+    single = [c for c in own if c.threat == numbers.headline and c.objective]
     names = list(dict.fromkeys(c.objective for c in single if c.objective))
     rows = []
     for model in filter(numbers.reasons, numbers.models):
@@ -197,6 +200,19 @@ def objectives(numbers: Numbers) -> Table:
     columns = [*map(Column, names), Column("weakest alone"), Column("worst of all")]
     title = f"Accuracy under attack at {numbers.headline} by the attack's objective, %"
     return _table(numbers, "objectives", title, ("model", "attack"), columns, rows)
+
+
+def transfer(numbers: Numbers) -> Table:
+    """Per attack and threat a source by target matrix; a target's own attack of that name stands on the diagonal."""
+    shown = [c for c in numbers.conditions if c.source and c.objective is None]
+    rows = [Row(("clean", ""), tuple(numbers.get(model, "clean") for model in numbers.models))] if shown else []
+    place = {name: i for i, name in enumerate(numbers.models)}
+    for condition in sorted(shown, key=lambda c: (c.attack, c.norm, c.eps, place.get(c.source, len(place)))):
+        own = f"{condition.attack}@{condition.threat}"
+        cells = tuple(numbers.get(m, own if m == condition.source else condition.name) for m in numbers.models)
+        rows.append(Row((condition_label(own), condition.source), cells))
+    title = "Accuracy by the entry (row) that the images were made against and the one (column) that is shown them, %"
+    return _table(numbers, "transfer", title, ("attack", "made against"), map(Column, numbers.models), rows)
 
 
 def certified(numbers: Numbers) -> Table:
@@ -261,7 +277,7 @@ def condition_label(name: str) -> str:
     condition = Condition.parse(name)
     if condition.threat is None:
         return name
-    kind = condition.kind if condition.kind in ("noise", "worst") else condition.kind.upper()
+    kind = condition.kind if condition.kind in ("noise", "worst") else condition.words
     objective = f"[{condition.objective}]" if condition.objective else ""
     norm, _, eps = condition.threat.partition(":")
     return f"{kind}{objective} {eps}" if norm == "linf" else f"{kind}{objective} {norm.upper()} {eps}"

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from .formats import texts
-from .tables import ALL, Numbers, Row, Table, certified, condition_label, modalities, objectives, overall
+from .tables import ALL, Numbers, Row, Table, certified, condition_label, modalities, objectives, overall, transfer
 
 WIDTH = 100
 GAP = 2
@@ -53,7 +53,7 @@ def blocks(summary: Mapping[str, Any]) -> Iterator[Block]:
     numbers = Numbers(summary)
     yield from _side_by_side(overall(numbers))
     yield from _per_model(modalities(numbers), numbers)
-    for table in (_whole(certified(numbers)), objectives(numbers)):
+    for table in (_whole(certified(numbers)), objectives(numbers), transfer(numbers)):
         if table.rows:
             yield from _side_by_side(table)
 

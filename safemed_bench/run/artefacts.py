@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from ..attacks.audit import LEVELS, audit
 from ..core.errors import DataError
 from ..core.journal import write_atomic
 from ..core.types import ThreatModel
+
+if TYPE_CHECKING:
+    from .messages import Job
 
 FOLDER = "artefacts"
 
@@ -39,10 +43,17 @@ def artefact_name(cell: str, chunk: str, keys: Sequence[str]) -> str:
     With the keys in the name, another plan in the same folder never overwrites what an older record points to.
     """
     digest = hashlib.blake2b("\x1f".join(keys).encode(), digest_size=4).hexdigest()
-    return f"{FOLDER}/{_slug(cell)}/{_slug(chunk)}-{digest}.npz"
+    return f"{FOLDER}/{slug(cell)}/{slug(chunk)}-{digest}.npz"
 
 
-def _slug(text: str) -> str:
+def made_by(job: Job) -> str:
+    """The file that holds the images of a job's readable questions, whether it is there or not."""
+    keys = [unit.key for unit, question in zip(job.units, job.questions, strict=True) if not question.image_error]
+    return artefact_name(job.cell, job.chunk, keys)
+
+
+def slug(text: str) -> str:
+    """`text` as a file's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
 
 

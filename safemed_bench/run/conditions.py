@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks import build_strike
+from ..attacks import build_strike, fitted_on
 from ..attacks.base import AttackResult
+from ..attacks.external import External
 from ..attacks.threat import check, norms, quantize, random_start
 from ..core.errors import DataError
 from ..core.seeds import derive_seed
-from ..core.types import Answer, Question, Record, ThreatModel, Unit
+from ..core.types import Answer, FitSet, Question, Record, ThreatModel, Unit
 from ..datasets.images import load_canvas
 from ..models.base import Batch, VisionLanguageModel
-from . import artefacts, certificates, probes
+from . import artefacts, certificates, fitting, probes
 from .batching import BatchSizer
 from .messages import Job, Settings
 
@@ -102,7 +103,7 @@ class Bench:
 
     def _attack(self, scene: Scene) -> list[Record]:
         clean = self.clean_answers(scene)
-        strike = build_strike(scene.job.attack, scene.job.objective, dict(scene.job.params))
+        strike = self._strike(scene)
         results: list[tuple[AttackResult, int]] = []
 
         def work(batch: Batch, rows: Sequence[int]) -> None:
@@ -117,6 +118,21 @@ class Bench:
 
         self._batches(scene, f"{scene.job.attack}[{scene.job.objective}]", work)
         return self._judged(scene, clean, results)
+
+    def _strike(self, scene: Scene) -> Any:
+        """What is called on a batch: the cell's attack, another entry's images, or what was fitted beforehand."""
+        job, folder = scene.job, self.settings.folder
+        if job.source:
+            keys = [job.source.units[i].key for i in scene.index]
+            return External(str(folder / artefacts.artefact_name(job.source.cell, job.source.chunk, keys)))
+        if fitted_on(job.attack, dict(job.params)):
+            side = job.model.resolution or self.settings.resolution
+
+            def canvases(part: FitSet) -> np.ndarray[Any, np.dtype[np.uint8]]:
+                return fitting.stacked(*_canvases(part.questions, side, self.settings.fit))
+
+            return fitting.universal(self.model, job, folder, canvases, self.sizer)
+        return build_strike(job.attack, job.objective, dict(job.params))
 
     def _judged(
         self, scene: Scene, clean: Sequence[Answer], results: Sequence[tuple[AttackResult, int]]

@@ -156,8 +156,10 @@ def _given_up(job: Job, fault: str) -> Done:
 def _choose(member: Member, waiting: Iterable[Task]) -> Task:
     """The job that saves a worker most: of the model it holds, of the earliest cell, on questions it has seen.
 
-    The clean answers of these are at hand. Cells come one after the other, so that a stopped run has whole ones.
+    The clean answers of these are at hand. Cells come one after the other, so that a stopped run has whole ones; those
+    that show another entry's images come last, when that entry's own cells have made them.
     """
-    tasks = [task for task in waiting if task.job.model.name == member.model] or list(waiting)
+    able = [task for task in waiting if task.job.source is None] or list(waiting)
+    tasks = [task for task in able if task.job.model.name == member.model] or able
     cell = [task for task in tasks if task.job.cell == tasks[0].job.cell]
     return next((task for task in cell if _questions(task.job) in member.seen), cell[0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.types import Question, Record, ThreatModel, Unit
+from ..core.types import FitSet, Question, Record, ThreatModel, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class Job:
 
     model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack, certify, or a probe's:
     repeat, gradient. donors: for `shuffled` the questions whose images are shown. chunk: the chunk's name within its
-    cell. cost: estimated passes per question.
+    cell. cost: estimated passes per question. source: where the images were made against another entry, the job that
+    makes them. fit: what the attack is fitted on, for each modality of the questions.
     """
 
     model: Any
@@ -49,6 +50,8 @@ class Job:
     threat: ThreatModel | None = None
     certifier: str = ""
     cost: float = 1.0
+    source: Job | None = None
+    fit: tuple[FitSet, ...] = ()
 
     def part(self, start: int, stop: int) -> Job:
         """The same for the questions in [start, stop)."""
@@ -58,6 +61,7 @@ class Job:
             units=self.units[here],
             questions=self.questions[here],
             donors=self.donors[here] if self.donors else (),
+            source=self.source.part(start, stop) if self.source else None,
         )
 
     def record(self, index: int, **values: Any) -> Record:

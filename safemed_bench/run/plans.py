@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..core.errors import UsageError
 from .messages import Job
 
 if TYPE_CHECKING:
-    from ..suite.plan import Chunk, Condition, Plan
+    from ..suite.plan import Cell, Chunk, Condition, Plan, PlannedUnit
 
 STEP_COST = 3.0
 """One step of an attack (forward and backward) in forward passes, for the ETA alone."""
@@ -32,21 +33,28 @@ def jobs_of(plan: Plan) -> tuple[Job, ...]:
 
 def _job(plan: Plan, chunk: Chunk) -> Job:
     cell = plan.cells_by_name[chunk.cell]
+    job = _job_of(plan, cell, chunk.index, chunk.units)
+    return replace(job, source=_job_of(plan, cell.source, chunk.index, chunk.sources)) if cell.source else job
+
+
+def _job_of(plan: Plan, cell: Cell, index: int, units: tuple[PlannedUnit, ...]) -> Job:
     condition, questions = cell.condition, plan.questions
+    modalities = dict.fromkeys(questions[unit.question_id].modality for unit in units)
     return Job(
         model=cell.model,
         cell=cell.name,
         condition=condition.name,
         kind=condition.kind,
-        chunk=f"{chunk.index:04d}",
-        units=chunk.units,
-        questions=tuple(questions[unit.question_id] for unit in chunk.units),
-        donors=tuple(questions[unit.donor] for unit in chunk.units if unit.donor),
+        chunk=f"{index:04d}",
+        units=units,
+        questions=tuple(questions[unit.question_id] for unit in units),
+        donors=tuple(questions[unit.donor] for unit in units if unit.donor),
         attack=condition.attack,
         objective=condition.objective,
         params=condition.params,
         threat=condition.threat,
         certifier=condition.certifier,
+        fit=tuple(cell.fit[name] for name in modalities if name in cell.fit),
         cost=_cost(condition, cell.model.smooth.n if cell.model.smooth else 1),
     )
 
@@ -56,7 +64,11 @@ def _cost(condition: Condition, votes: int) -> float:
     params = dict(condition.params)
     if condition.kind == "certify":
         return float(min(params.get("n", USUAL_SAMPLES), USUAL_SAMPLES))
+    if condition.source:
+        return 2.0 * votes
     if condition.kind != "attack":
         return PROBE_COST.get(condition.kind, 1.0) * votes
+    if condition.attack == "universal":  # its steps are taken once, by whoever comes first
+        return 2.0 * votes
     steps = params.get("steps", USUAL_STEPS.get(condition.attack, 1)) * params.get("restarts", 1)
     return votes + STEP_COST * steps

@@ -97,7 +97,8 @@ def _smooth(plan: Plan, name: str) -> dict[str, Any]:
 
 def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     """`questions` only where not all are asked. Certificates name certifier, parameters and `values`, d = 3 H W;
-    attacks their registered name and what the suite sets of their parameters."""
+    attacks their registered name, what the suite sets of their parameters, and whose images are shown where they are
+    another entry's."""
     described: dict[str, Any] = {"model": cell.model.name, "condition": cell.condition.name}
     if cell.condition.certifier:
         side = cell.model.resolution or plan.suite.data.resolution
@@ -105,6 +106,7 @@ def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
         described["certifier"] = facts | dict(cell.condition.params)
     if cell.condition.attack:
         described["attack"] = {"name": cell.condition.attack, **dict(cell.condition.params)}
+        described["attack"] |= {"source": cell.condition.source} if cell.condition.source else {}
     chosen = asked(plan.dataset.questions, cell.condition)
     if len(chosen) < len(plan.dataset.questions):
         described["questions"] = [question.id for question in chosen]

@@ -20,6 +20,7 @@ from typing import Any
 from ..core.errors import SafeMedError
 from ..core.journal import disk_full
 from ..core.registry import load_plugin_file
+from .artefacts import made_by
 from .batching import BatchSizer, is_out_of_memory
 from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready, Settings
 
@@ -103,6 +104,13 @@ class Worker:
     def answer(self, job: Job) -> Done | Failed | ModelFailed | Fatal:
         """The outcome of one job. Only a dying process raises."""
         try:
+            self._make_images(job)
+        except Exception as error:
+            if isinstance(error, OSError) and disk_full(error):
+                return Fatal(_words(error), disk_full=True)
+            traceback.print_exc()
+            return Failed(f"no images of {job.source.model.name}: {_words(error)}" if job.source else _words(error))
+        try:
             bench = self._bench(job)
         except Exception as error:
             if isinstance(error, OSError) and disk_full(error):
@@ -117,6 +125,12 @@ class Worker:
             traceback.print_exc()
             self._forget()
             return Failed("out of memory at batch size 1" if is_out_of_memory(error) else _words(error))
+
+    def _make_images(self, job: Job) -> None:
+        """Where a job shows images made against another entry that do not lie in the run folder, make them: by the very
+        job that the other entry's own cell has. Its records are that cell's business."""
+        if job.source and not (self.settings.folder / made_by(job.source)).is_file():
+            self._bench(job.source).run(job.source)
 
     def _bench(self, job: Job) -> Any:
         if self._held is not None and self._held[0] == job.model:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from ..core.errors import DataError, Problem, UsageError, did_you_mean
+from ..core.types import FROM
 from .document import Document, Key
 from .schema import ConditionSpec, GateRule, Suite
 from .values import check_sigma
@@ -121,6 +122,7 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
     for i, condition in enumerate(suite.conditions):
         found = (
             *_scope_problems(condition, suite),
+            *_transfer_problems(condition, suite),
             *_attack_problems(condition),
             *_limit_problems(condition, suite),
             *_noise_problems(condition, suite),
@@ -188,6 +190,21 @@ def _limit_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Ke
         yield ("attack",), f"'{condition.attack}' needs a package: pip install adversarial-robustness-toolbox"
     if condition.attack == "external":
         yield from _external_problems(condition)
+    if condition.attack == "universal":
+        yield from _fit_problems(condition, suite)
+
+
+def _fit_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
+    """What an attack cannot be fitted on."""
+    split, count = condition.params.get("split", "validation"), condition.params.get("questions", 1)
+    if split not in ("validation", "train"):
+        yield ("params", "split"), f"must be validation or train, not {split!r}"
+    elif split == suite.data.split:
+        other = "train" if split == "validation" else "validation"
+        where: Key = ("params", "split") if "split" in condition.params else ("attack",)
+        yield where, f"would be fitted on {split}, whose questions are asked; set `params: {{split: {other}}}`"
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        yield ("params", "questions"), f"must be a whole number from 1, not {count!r}"
 
 
 def _external_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
@@ -218,7 +235,8 @@ def _noise_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Ke
                 str(error) if isinstance(sigma, int | float) else f"must be a number, not {sigma!r}",
             )
         return
-    bare = [m.name for m in suite.models if condition.is_for(m.name) and m.smooth is None]
+    attacked = [m for m in suite.models if condition.attacks(m.name)]
+    bare = [m.name for m in attacked if m.smooth is None]
     if info.needs_sigma and bare:
         yield ("attack",), f"needs `params: {{sigma: ...}}`, for entry '{bare[0]}' is not smoothed and brings none"
 
@@ -229,6 +247,31 @@ def _scope_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Ke
     for j, name in enumerate(listed):
         if name not in names:
             yield ("models", j), f"'{name}' is not an entry of this suite.{did_you_mean(name, names)}"
+
+
+def _transfer_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
+    """A source that is no entry, that nobody else could be shown, or whose images do not fit the others' canvas."""
+    if (source := condition.transfer) is None:
+        return
+    entries = {model.name: model for model in suite.models}
+    shown = [m for m in suite.models if condition.is_for(m.name, m.smooth is not None)]
+    if source not in entries:
+        yield ("transfer",), f"'{source}' is not an entry of this suite.{did_you_mean(source, [*entries])}"
+    elif condition.attack == "external":
+        yield ("transfer",), "images made elsewhere are not made against an entry; leave `transfer` out"
+    elif any(sign in source for sign in ("[", "]", "@", FROM)):
+        yield ("transfer",), f"'{source}' would be misread in a condition's name; give the entry another `name`"
+    elif not shown:
+        yield ("transfer",), f"no other entry is shown the images made against '{source}'"
+    else:
+        sides = {m.name: m.resolution or suite.data.resolution for m in (entries[source], *shown)}
+        for name, side in sides.items():
+            if side != sides[source]:
+                yield (
+                    ("transfer",),
+                    f"'{source}' has a canvas of {sides[source]} pixels and '{name}' one of {side}: nothing is resized",
+                )
+                return
 
 
 def _certify_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ..attacks import attack_name
 from ..core.errors import did_you_mean
+from ..core.types import FROM
 from .values import Count, Number, Text, check_sigma
 
 PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
@@ -19,7 +20,7 @@ PARAMETERS_OF = {
 """Keys of a condition that are handed on by name."""
 
 KEYS_OF = {
-    "attack": ("attack", "name", "objectives", "at", "params", *PARAMETERS_OF["attack"]),
+    "attack": ("attack", "name", "transfer", "objectives", "at", "params", *PARAMETERS_OF["attack"]),
     "certify": ("certify", "name", "per_modality", "params", *PARAMETERS_OF["certify"]),
 }
 
@@ -44,6 +45,10 @@ class ConditionSpec(Part):
     certify: Text | None = Field(default=None, description="Registered certifier.")
     name: Text | None = Field(
         default=None, description="Name in tables, by default the attack's; tells two settings apart."
+    )
+    transfer: Text | None = Field(
+        default=None,
+        description="Entry that the attack is made against; its adversarial images are shown to the other entries.",
     )
     objectives: Literal["all", "strong"] | tuple[Text, ...] = Field(
         default="all",
@@ -136,17 +141,25 @@ class ConditionSpec(Part):
         return self.at == "all" or (self.at == "headline") == headline
 
     def is_for(self, name: str, smoothed: bool = False) -> bool:
-        """Whether an entry is measured under it."""
+        """Whether an entry is measured under it; that whose images are shown is not."""
+        if name == self.transfer:
+            return False
         if isinstance(self.models, str):
             return smoothed == (self.models == "smoothed")
         return self.models is None or name in self.models
 
+    def attacks(self, name: str) -> bool:
+        """Whether the attack is made against an entry."""
+        return name == self.transfer if self.transfer else self.is_for(name)
+
     @property
     def label(self) -> str:
-        """What conditions are named by: the kind, or the attack's name; a certifier's has its sigma."""
+        """What conditions are named by: the kind, or the attack's name, `pgd<-sft` for images made against another
+        entry; a certifier's has its sigma."""
         if self.kind == "certify" and self.sigma is not None:
             return self.certificate_label(self.sigma)
-        return self.name or self.attack or self.kind
+        own = self.name or self.attack or self.kind
+        return f"{own}{FROM}{self.transfer}" if self.transfer else own
 
     def certificate_label(self, sigma: float) -> str:
         """`certify[sigma=0.25]`; with a name of its own `certify[name sigma=0.25]`."""

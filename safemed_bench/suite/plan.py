@@ -7,18 +7,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..attacks import CODE_VERSION as ATTACK_VERSION
-from ..attacks import accepts, applies, needs_objective, standard_objectives
+from ..attacks import accepts, applies, fitted_on, needs_objective, standard_objectives
 from ..attacks.supplied import open_supplied
 from ..certify import CODE_VERSION as CERTIFY_VERSION
 from ..core import registry
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
-from ..core.types import PROBE, Question, ThreatModel, Unit
+from ..core.types import FROM, PROBE, FitSet, Question, ThreatModel, Unit
+from .fitting import choose_fit, unfitted
 from .schema import ConditionSpec, ModelSpec, Suite
 from .shuffle import choose_donors
 
@@ -51,7 +52,8 @@ class Condition:
     """What is done to the image before a question is asked; `name` is how tables and records call it.
 
     attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name. objective
-    is "" where the attack takes none: a black box, a cascade.
+    is "" where the attack takes none: a black box, a cascade. source: the entry that the attack is made against, where
+    that is not the one which is shown the images.
     certifier, params: for kind "certify". per_modality: at most so many of the suite's questions; None is all.
     share: such a part of each modality's questions, for the probes of the diagnostics (probes.py).
     """
@@ -65,6 +67,7 @@ class Condition:
     certifier: str = ""
     per_modality: int | None = None
     share: float | None = None
+    source: str = ""
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -74,12 +77,18 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One model under one condition; `name` is `<model>/<condition>`."""
+    """One model under one condition; `name` is `<model>/<condition>`.
+
+    source: where the images were made against another entry, the cell that makes them. It is the other entry's own,
+    under the same attack, and may or may not be one of the plan's. fit: what its attack is fitted on, by modality.
+    """
 
     name: str
     model: ModelSpec
     card: ModelCard
     condition: Condition
+    source: Cell | None = None
+    fit: Mapping[str, FitSet] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +100,16 @@ class PlannedUnit(Unit):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive units of one cell, always computed together. `index` counts chunks within the cell from 0."""
+    """Consecutive units of one cell, always computed together. `index` counts chunks within the cell from 0.
+
+    sources: the units of the cell's source on the same questions.
+    """
 
     id: str
     cell: str
     index: int
     units: tuple[PlannedUnit, ...]
+    sources: tuple[PlannedUnit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,12 +152,14 @@ def build_plan(
     *,
     dtype: str | None = None,
     notes: Sequence[str] = (),
+    pools: Mapping[str, Sequence[Question]] | None = None,
 ) -> Plan:
     """Cells, units and chunks of a suite. `cards` has one card per entry of `suite.models`, in that order.
 
     None for a card leaves its entry out; the caller says why in `notes`, which come before the plan's own. `dtype` is
-    the resolved run.dtype; without it the suite's word goes into the keys. Raises UsageError where there is no
-    question, or where questions share an id.
+    the resolved run.dtype; without it the suite's word goes into the keys. pools: split -> its questions, for attacks
+    that are fitted on some (stratified, as `datasets.load` gives them). Raises UsageError where there is no question,
+    where questions share an id, or where there is nothing to fit an attack on.
     """
     questions = dataset.questions
     if not questions:
@@ -153,19 +168,38 @@ def build_plan(
         raise UsageError(f"{dataset.stamp}: question ids are not unique")
     said = list(notes)
     cells: list[Cell] = []
-    for model, card in zip(suite.models, cards, strict=True):
-        if card is None:
-            continue
-        conditions = tuple(conditions_for(suite, card, said, model))
+    here = {model.name: (model, card) for model, card in zip(suite.models, cards, strict=True) if card is not None}
+    others = {name: card for name, (_, card) in here.items()}
+    for model, card in here.values():
+        conditions = tuple(conditions_for(suite, card, said, model, others))
         for condition in (*conditions, *probes_of(suite, model, conditions)):
-            cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
+            source = _source(condition, *here[condition.source]) if condition.source else None
+            cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition, source))
     if twice := _repeated(cell.name for cell in cells):
         raise UsageError(f"the suite gives two cells the name {twice}; give one condition another `name`")
-    said += _missing_images(cells, questions)
+    said += [*_missing_images(cells, questions), *_unmeasured_sources(cells)]
     donors = choose_donors(questions, suite.run.seed)
     running = dtype or suite.run.dtype
+    cells = [_with_fit(cell, suite, running, questions, pools or {}) for cell in cells]
+    said += unfitted([cell.fit for cell in cells if cell.fit], questions)
     chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
     return Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+
+
+def _with_fit(
+    cell: Cell, suite: Suite, dtype: str, questions: Sequence[Question], pools: Mapping[str, Sequence[Question]]
+) -> Cell:
+    """The cell, and its source, with the questions that their attack is fitted on."""
+    if cell.source:
+        cell = replace(cell, source=_with_fit(cell.source, suite, dtype, questions, pools))
+    if not (wanted := fitted_on(cell.condition.attack, dict(cell.condition.params))):
+        return cell
+    split, count = wanted
+    if not (chosen := choose_fit(pools.get(split, ()), count, questions)):
+        raise UsageError(f"{cell.name}: split {split} has no question to fit '{cell.condition.attack}' on")
+    own = _cell_identity(cell, suite, dtype)
+    fit = {name: FitSet(_digest([own, [*map(_asked_of, held)]]), name, held) for name, held in chosen.items()}
+    return replace(cell, fit=fit)
 
 
 def _missing_images(cells: Sequence[Cell], questions: Sequence[Question]) -> list[str]:
@@ -179,10 +213,31 @@ def _missing_images(cells: Sequence[Cell], questions: Sequence[Question]) -> lis
     return list(notes.values())
 
 
+def _source(condition: Condition, model: ModelSpec, card: ModelCard) -> Cell:
+    """The cell that makes the images which `condition` shows to another entry."""
+    own = replace(condition, name=condition.name.replace(f"{FROM}{condition.source}", "", 1), source="")
+    return Cell(f"{card.name}/{own.name}", model, card, own)
+
+
+def _unmeasured_sources(cells: Sequence[Cell]) -> list[str]:
+    """A note where images are transferred that no cell of the plan makes, by name or with other settings."""
+    planned = {(cell.name, cell.condition) for cell in cells}
+    sources = {cell.source.name: cell.source for cell in cells if cell.source}
+    alone = [name for name, cell in sources.items() if (name, cell.condition) not in planned]
+    return [f"no cell of this run is {name}: its images are made for the transfer alone" for name in alone]
+
+
 def conditions_for(
-    suite: Suite, card: ModelCard, notes: list[str] | None = None, model: ModelSpec | None = None
+    suite: Suite,
+    card: ModelCard,
+    notes: list[str] | None = None,
+    model: ModelSpec | None = None,
+    others: Mapping[str, ModelCard] | None = None,
 ) -> Iterator[Condition]:
-    """The suite's conditions for one entry, in the suite's order; what does not apply to it goes into `notes`."""
+    """The suite's conditions for one entry, in the suite's order; what does not apply to it goes into `notes`.
+
+    others: name -> card of the entries whose adversarial images it may be shown.
+    """
     for spec in suite.conditions:
         if not spec.is_for(card.name, model is not None and model.smooth is not None):
             continue
@@ -192,7 +247,7 @@ def conditions_for(
             for threat in suite.threat.models:
                 yield Condition("noise", f"noise@{threat.label}", threat=threat)
         elif spec.kind == "attack":
-            yield from _attacks(suite, spec, card, notes if notes is not None else [])
+            yield from _attacks(suite, spec, card, notes if notes is not None else [], others or {})
         else:
             yield Condition(spec.kind, spec.label)
 
@@ -206,7 +261,14 @@ def _certificate(spec: ConditionSpec, model: ModelSpec | None) -> Condition:
     return Condition("certify", name, params=params, certifier=spec.certify or "", per_modality=spec.per_modality)
 
 
-def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str]) -> Iterator[Condition]:
+def _attacks(
+    suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str], others: Mapping[str, ModelCard]
+) -> Iterator[Condition]:
+    if spec.transfer:
+        if spec.transfer not in others:
+            notes.append(f"{card.name} goes without {spec.label}: {spec.transfer} is not among the entries of this run")
+            return
+        card = others[spec.transfer]  # which objectives there are is decided by the entry that is attacked
     objectives: tuple[str, ...]
     if not needs_objective(spec.attack or ""):
         objectives = ("",)
@@ -230,7 +292,8 @@ def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str
         for objective in objectives:
             bracket = f"[{objective}]" if objective else ""
             name = f"{spec.label}{bracket}@{threat.label}"
-            yield Condition("attack", name, spec.attack or "", objective, params, threat)
+            source = spec.transfer or ""
+            yield Condition("attack", name, spec.attack or "", objective, params, threat, source=source)
 
 
 def _chunks(
@@ -238,15 +301,19 @@ def _chunks(
 ) -> Iterator[Chunk]:
     by_id = {question.id: question for question in questions}
     shared = _cell_identity(cell, suite, dtype)
-    units = []
+    units, sources = [], []
     for question in asked(questions, cell.condition):
         donor = by_id[donors[question.id]] if cell.condition.kind == "shuffled" else None
         units.append(_unit(cell, shared, suite.run.seed, question, donor))
+    if cell.source:
+        theirs = _cell_identity(cell.source, suite, dtype)
+        sources = [_unit(cell.source, theirs, suite.run.seed, by_id[unit.question_id], None) for unit in units]
     size = suite.run.chunk
     if cell.condition.kind == "certify":  # hundreds of answers each: smaller chunks keep all workers busy to the end
         size = min(size, max(LEAST_CHUNK, size // 4))
     for index, start in enumerate(range(0, len(units), size)):
-        yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[start : start + size]))
+        here = slice(start, start + size)
+        yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[here]), tuple(sources[here]))
 
 
 def asked(questions: Sequence[Question], condition: Condition) -> Sequence[Question]:
@@ -277,7 +344,9 @@ def probes_of(suite: Suite, model: ModelSpec, conditions: Sequence[Condition]) -
         yield Condition("gradient", f"{PROBE}gradient", share=share)
     norm = suite.threat.norm
     unbounded = {"linf": 1.0, "l2": math.sqrt(3) * side, "l1": 3.0 * side * side}[norm]
-    headline = [c for c in conditions if c.kind == "attack" and c.threat and c.threat.eps == suite.threat.headline]
+    # What was not made on the image at hand is no test of the attack on it.
+    attacks = [c for c in conditions if c.kind == "attack" and not c.source and not fitted_on(c.attack, dict(c.params))]
+    headline = [c for c in attacks if c.threat and c.threat.eps == suite.threat.headline]
     for eps in (0.0, unbounded):
         threat = ThreatModel(norm, eps)
         for condition in headline:
@@ -291,7 +360,9 @@ def _unit(cell: Cell, shared: object, seed: int, question: Question, donor: Ques
     image = [_image(question), _image(donor) if donor else ""]
     text = [question.id, question.question, question.options, question.answer]
     text += [question.modality, question.question_type]
-    return PlannedUnit(_digest([shared, own, image, text]), question.id, cell.name, own, donor.id if donor else "")
+    said: list[object] = [shared, own, image, text]
+    said += [fit.key] if (fit := cell.fit.get(question.modality)) else []
+    return PlannedUnit(_digest(said), question.id, cell.name, own, donor.id if donor else "")
 
 
 def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
@@ -308,8 +379,9 @@ def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
     if smooth := cell.model.smooth:
         model += ["smooth", CODE_VERSIONS["smooth"], smooth.sigma, smooth.n, smooth.alpha]
     threat = condition.threat
-    attack = [condition.kind, condition.attack, condition.objective, condition.params]
+    attack: list[object] = [condition.kind, condition.attack, condition.objective, condition.params]
     attack += [condition.certifier] if condition.certifier else []
+    attack += ["transfer", *_cell_identity(cell.source, suite, dtype)] if cell.source else []
     ball = [threat.norm, threat.eps, threat.bounds] if threat else []
     side = cell.model.resolution or data.resolution
     return [cell.name, model, attack, ball, side, data.fit, condition.versions, *_plugin_sources(condition)]
@@ -328,6 +400,10 @@ def _plugin_sources(condition: Condition) -> list[str]:
     sources = [registry.attacks.source(condition.attack)]
     sources += [registry.objectives.source(condition.objective)] if condition.objective else []
     return sources if any(sources) else []
+
+
+def _asked_of(question: Question) -> list[object]:
+    return [question.id, _image(question), question.question, question.options, question.answer]
 
 
 def _image(question: Question) -> str:

@@ -19,7 +19,8 @@ TOLERATED = 0.05
 """Share of questions that may break a rule before the number is not to be believed: the 95% interval must reach it."""
 
 ONE_STEP, BLACK_BOX, CASCADES = ("fgsm", "art:FGM"), ("square", "art:Square"), ("safemed-attack",)
-TRANSFER = "transfer"
+FITTED = ("universal",)
+"""Attacks that are made on other questions than they are shown on."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,14 @@ def attack_name(verdicts: Verdicts, condition: Condition) -> str:
 
 
 def is_gradient_attack(verdicts: Verdicts, condition: Condition) -> bool:
-    """Whether it climbs a gradient of the entry itself, and nothing else: black boxes, cascades and images that were
-    made elsewhere have no objective."""
-    transferred = attack_name(verdicts, condition).startswith(TRANSFER)
-    return condition.is_attack and condition.objective is not None and not transferred
+    """Whether it climbs a gradient of the entry itself on the image at hand, and nothing else: black boxes, cascades
+    and images that were made elsewhere have no objective."""
+    return condition.is_attack and condition.objective is not None and is_own(verdicts, condition)
+
+
+def is_own(verdicts: Verdicts, condition: Condition) -> bool:
+    """Whether an attack was made against the entry itself and on the image at hand, not another entry or question."""
+    return not condition.source and attack_name(verdicts, condition) not in FITTED
 
 
 def is_iterative(verdicts: Verdicts, condition: Condition) -> bool:

@@ -16,7 +16,6 @@ from .base import (
     BLIND,
     CASCADES,
     ONE_STEP,
-    TRANSFER,
     Contest,
     Diagnostic,
     Status,
@@ -24,6 +23,7 @@ from .base import (
     contest,
     is_gradient_attack,
     is_iterative,
+    is_own,
     judged,
     probes,
     rows_of,
@@ -34,8 +34,10 @@ EFFORT = ("steps", "restarts", "queries")
 
 
 def monotone_eps(verdicts: Verdicts) -> Diagnostic | None:
-    """Equal attacks in balls of different sizes. One step of FGSM may well overshoot in the larger ball."""
-    attacks = [c for c in verdicts.conditions if c.is_attack and attack_name(verdicts, c) not in ONE_STEP]
+    """Equal attacks in balls of different sizes. One step of FGSM may well overshoot in the larger ball, and what was
+    made against another entry or on other questions need not grow with it."""
+    own = [c for c in verdicts.conditions if c.is_attack and is_own(verdicts, c)]
+    attacks = [c for c in own if attack_name(verdicts, c) not in ONE_STEP]
     return judged(
         "monotone-in-eps",
         "an attack that can do more never does less: at a larger eps it does not leave right what it changes at a "
@@ -67,7 +69,8 @@ def _settings(verdicts: Verdicts, condition: Condition, leave: tuple[str, ...] =
 def monotone_effort(verdicts: Verdicts) -> Diagnostic | None:
     """The same attack in the same ball with more steps, restarts or queries."""
     contests = []
-    for one, two in combinations([c for c in verdicts.conditions if c.name in verdicts.attacks], 2):
+    own = [c for c in verdicts.conditions if c.name in verdicts.attacks and is_own(verdicts, c)]
+    for one, two in combinations(own, 2):
         if (one.objective, one.threat) != (two.objective, two.threat):
             continue
         if _settings(verdicts, one, EFFORT) != _settings(verdicts, two, EFFORT):
@@ -121,16 +124,18 @@ def white_box_against_black(verdicts: Verdicts) -> Diagnostic | None:
                 contests.append(_stages(verdicts, condition))
     return judged(
         "white-box-not-weaker",
-        "attacks that know the gradient, together, do not leave right what random noise, Square or a transferred image "
-        "changes in the same ball (McNemar, paired by question, one-sided 5% over all pairs; of a cascade: what its "
-        "black box alone changed against what its gradient stages did); otherwise the gradient is masked",
+        "attacks that know the gradient, together, do not leave right what random noise, Square, a transferred image "
+        "or a universal perturbation changes in the same ball (McNemar, paired by question, one-sided 5% over all "
+        "pairs; of a cascade: what its black box alone changed against what its gradient stages did); otherwise the "
+        "gradient is masked",
         contests,
     )
 
 
 def _needs_no_gradient(verdicts: Verdicts, condition: Condition) -> bool:
-    name = attack_name(verdicts, condition)
-    return condition.kind == "noise" or name in BLACK_BOX or name.startswith(TRANSFER)
+    if condition.kind == "noise" or attack_name(verdicts, condition) in BLACK_BOX:
+        return True
+    return condition.is_attack and not is_own(verdicts, condition)
 
 
 def _stages(verdicts: Verdicts, condition: Condition) -> Contest:
