@@ -91,7 +91,7 @@ def grid_of(table: Table) -> Grid:
 def objective_grid(source: Source) -> Grid | None:
     """Every attack and objective at the headline threat by model: each alone, then the worst per question."""
     numbers = source.numbers
-    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective]
+    single = [c for c in numbers.conditions if c.is_attack and c.threat == numbers.headline and c.objective]
     if not single:
         return None
     worst = [c for c in numbers.aggregates if c.threat == numbers.headline and c.kind != "noise"]

@@ -116,8 +116,11 @@ def slices(a: Verdicts, b: Verdicts, condition: str, *, status: str = "") -> lis
     modality = a.questions["modality"].to_numpy(dtype=object)
     known = ~np.isnan(sides[0]) & ~np.isnan(sides[1])
     images = a.images
+    asked = [index.isin(list(v.asked.get(condition, index))) for v in (a, b)]
+    planned = asked[0] | asked[1]
 
-    def part(name: str, rows: np.ndarray) -> Slice:
+    def part(name: str, of: np.ndarray) -> Slice:
+        rows = of & planned
         kept = rows & known
         return Slice(name, sides[0][kept], sides[1][kept], images[kept], int(rows.sum()))
 

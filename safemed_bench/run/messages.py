@@ -30,9 +30,9 @@ class Settings:
 class Job:
     """One chunk of one cell, or the part of it that is left after a failure.
 
-    model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack, certify, or a probe's:
-    repeat, gradient. donors: for `shuffled` the questions whose images are shown. chunk: the chunk's name within its
-    cell. cost: estimated passes per question.
+    model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack, certify, corruption,
+    or a probe's: repeat, gradient. donors: for `shuffled` the questions whose images are shown. chunk: the chunk's
+    name within its cell. cost: estimated passes per question.
     """
 
     model: Any
@@ -48,6 +48,8 @@ class Job:
     params: tuple[tuple[str, Any], ...] = ()
     threat: ThreatModel | None = None
     certifier: str = ""
+    corruption: str = ""
+    severity: int = 0
     cost: float = 1.0
 
     def part(self, start: int, stop: int) -> Job:

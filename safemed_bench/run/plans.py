@@ -47,6 +47,8 @@ def _job(plan: Plan, chunk: Chunk) -> Job:
         params=condition.params,
         threat=condition.threat,
         certifier=condition.certifier,
+        corruption=condition.corruption,
+        severity=condition.severity,
         cost=_cost(condition, cell.model.smooth.n if cell.model.smooth else 1),
     )
 

@@ -97,7 +97,8 @@ def _smooth(plan: Plan, name: str) -> dict[str, Any]:
 
 def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     """`questions` only where not all are asked. Certificates name certifier, parameters and `values`, d = 3 H W;
-    attacks their registered name and what the suite sets of their parameters."""
+    attacks their registered name and what the suite sets of their parameters; corruptions name, severity and
+    modalities, [] for all."""
     described: dict[str, Any] = {"model": cell.model.name, "condition": cell.condition.name}
     if cell.condition.certifier:
         side = cell.model.resolution or plan.suite.data.resolution
@@ -105,6 +106,9 @@ def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
         described["certifier"] = facts | dict(cell.condition.params)
     if cell.condition.attack:
         described["attack"] = {"name": cell.condition.attack, **dict(cell.condition.params)}
+    if cell.condition.corruption:  # its questions follow from its modalities; a list for each of its cells is long
+        facts = {"name": cell.condition.corruption, "severity": cell.condition.severity}
+        return described | {"corruption": facts | {"modalities": list(cell.condition.modalities)}}
     chosen = asked(plan.dataset.questions, cell.condition)
     if len(chosen) < len(plan.dataset.questions):
         described["questions"] = [question.id for question in chosen]

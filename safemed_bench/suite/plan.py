@@ -19,6 +19,8 @@ from ..core import registry
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
 from ..core.types import PROBE, Question, ThreatModel, Unit
+from ..corruptions import CODE_VERSION as CORRUPTION_VERSION
+from ..corruptions import chosen
 from .schema import ConditionSpec, ModelSpec, Suite
 from .shuffle import choose_donors
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ..datasets.base import Dataset
     from ..models.card import ModelCard
 
-Kind = Literal["clean", "blank", "shuffled", "noise", "attack", "certify", "repeat", "gradient"]
+Kind = Literal["clean", "blank", "shuffled", "noise", "attack", "certify", "corruption", "repeat", "gradient"]
 
 CODE_VERSIONS: Mapping[str, int] = {
     "canvas": 1,
@@ -36,6 +38,7 @@ CODE_VERSIONS: Mapping[str, int] = {
     "noise": 1,
     "attack": ATTACK_VERSION,
     "certify": CERTIFY_VERSION,
+    "corruption": CORRUPTION_VERSION,
     "repeat": 1,
     "gradient": 1,
     "smooth": 2,
@@ -52,6 +55,7 @@ class Condition:
 
     attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name. objective
     is "" where the attack takes none: a black box, a cascade.
+    corruption, severity, modalities: for kind "corruption"; what it does to whose pictures, () is every modality.
     certifier, params: for kind "certify". per_modality: at most so many of the suite's questions; None is all.
     share: such a part of each modality's questions, for the probes of the diagnostics (probes.py).
     """
@@ -65,6 +69,9 @@ class Condition:
     certifier: str = ""
     per_modality: int | None = None
     share: float | None = None
+    corruption: str = ""
+    severity: int = 0
+    modalities: tuple[str, ...] = ()
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -158,10 +165,12 @@ def build_plan(
             continue
         conditions = tuple(conditions_for(suite, card, said, model))
         for condition in (*conditions, *probes_of(suite, model, conditions)):
-            cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
+            if asked(questions, condition):
+                cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition))
     if twice := _repeated(cell.name for cell in cells):
         raise UsageError(f"the suite gives two cells the name {twice}; give one condition another `name`")
     said += _missing_images(cells, questions)
+    said += _nobodys(suite, questions)
     donors = choose_donors(questions, suite.run.seed)
     running = dtype or suite.run.dtype
     chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
@@ -179,6 +188,13 @@ def _missing_images(cells: Sequence[Cell], questions: Sequence[Question]) -> lis
     return list(notes.values())
 
 
+def _nobodys(suite: Suite, questions: Sequence[Question]) -> list[str]:
+    """A note on the corruptions that happen to none of the questions' pictures."""
+    found = [c for spec in suite.conditions if spec.kind == "corruption" for c in _corruptions(spec)]
+    names = dict.fromkeys(c.corruption for c in found if not asked(questions, c))
+    return [f"left out, for no question is of a modality they happen to: {', '.join(names)}"] if names else []
+
+
 def conditions_for(
     suite: Suite, card: ModelCard, notes: list[str] | None = None, model: ModelSpec | None = None
 ) -> Iterator[Condition]:
@@ -191,6 +207,8 @@ def conditions_for(
         elif spec.kind == "noise":
             for threat in suite.threat.models:
                 yield Condition("noise", f"noise@{threat.label}", threat=threat)
+        elif spec.kind == "corruption":
+            yield from _corruptions(spec)
         elif spec.kind == "attack":
             yield from _attacks(suite, spec, card, notes if notes is not None else [])
         else:
@@ -204,6 +222,13 @@ def _certificate(spec: ConditionSpec, model: ModelSpec | None) -> Condition:
     name = spec.certificate_label(parameters.get("sigma", 0))
     params = tuple(sorted(parameters.items()))
     return Condition("certify", name, params=params, certifier=spec.certify or "", per_modality=spec.per_modality)
+
+
+def _corruptions(spec: ConditionSpec) -> Iterator[Condition]:
+    for name, modalities in chosen(spec.corruption or ()).items():
+        for severity in sorted(spec.severities):
+            label = f"corruption[{name}]@{severity}"
+            yield Condition("corruption", label, corruption=name, severity=severity, modalities=modalities)
 
 
 def _attacks(suite: Suite, spec: ConditionSpec, card: ModelCard, notes: list[str]) -> Iterator[Condition]:
@@ -250,7 +275,10 @@ def _chunks(
 
 
 def asked(questions: Sequence[Question], condition: Condition) -> Sequence[Question]:
-    """The questions of one condition: all, or the first of each modality, in the data set's order (types are mixed)."""
+    """The questions of one condition: all, those of its modalities, or the first of each modality, in the data set's
+    order (types are mixed)."""
+    if condition.modalities:
+        return [question for question in questions if question.modality in condition.modalities]
     if condition.per_modality is None and condition.share is None:
         return questions
     there, seen = Counter(question.modality for question in questions), Counter[str]()
@@ -308,18 +336,22 @@ def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
     if smooth := cell.model.smooth:
         model += ["smooth", CODE_VERSIONS["smooth"], smooth.sigma, smooth.n, smooth.alpha]
     threat = condition.threat
-    attack = [condition.kind, condition.attack, condition.objective, condition.params]
+    attack: list[object] = [condition.kind, condition.attack, condition.objective, condition.params]
     attack += [condition.certifier] if condition.certifier else []
+    attack += [condition.corruption, condition.severity] if condition.corruption else []
     ball = [threat.norm, threat.eps, threat.bounds] if threat else []
     side = cell.model.resolution or data.resolution
     return [cell.name, model, attack, ball, side, data.fit, condition.versions, *_plugin_sources(condition)]
 
 
 def _plugin_sources(condition: Condition) -> list[str]:
-    """Hashes of attack, objective or certifier where these are plugins, and of images made elsewhere: CODE_VERSIONS
-    knows nothing of them."""
+    """Hashes of attack, objective, certifier or corruption where these are plugins, and of images made elsewhere:
+    CODE_VERSIONS knows nothing of them."""
     if condition.certifier:
         source = registry.certifiers.source(condition.certifier)
+        return [source] if source else []
+    if condition.corruption:
+        source = registry.corruptions.source(condition.corruption)
         return [source] if source else []
     if not condition.attack:
         return []
