@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_every_modality_has_its_own_and_none_has_anothers() -> None:
     assert [*for_modality("Endoscopy")] == ["contrast", "jpeg", "pixelate"]
     told = {modality for info in CORRUPTIONS.values() for modality in info.modalities}
     assert told <= set(MODALITIES)
+
+
+def test_the_readme_has_the_table() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    for modality in MODALITIES:
+        (row,) = re.findall(rf"^\| {modality} \| (.*) \|$", text, re.MULTILINE)
+        own = [name for name in for_modality(modality) if CORRUPTIONS[name].modalities]
+        assert re.findall(r"`(\w+)`", row) == own
 
 
 def test_a_plugin_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
