@@ -119,9 +119,9 @@ CELLS = [
 
 
 def test_every_registered_attack_is_tested_here():
-    """Save those with tests of their own: ART's (test_art), images made elsewhere (test_external), and attacks on
-    randomised models (test_smoothadv)."""
-    elsewhere = {"external", "eot", "smoothadv"}
+    """Save those with tests of their own: ART's (test_art), images made elsewhere (test_external), attacks on
+    randomised models (test_smoothadv), and the shortest way (test_fab)."""
+    elsewhere = {"external", "eot", "smoothadv", "fab"}
     assert set(ATTACKS) == {name for name in catalogue.ATTACKS if not name.startswith("art:")} - elsewhere
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from ..core.types import Estimate
 from ..results.formats import cell_parts
 from ..results.frames import Condition, Verdicts
 from ..results.intervals import proportion
-from ..results.tables import ALL, Column, Numbers, Row, Table, condition_label, modalities
+from ..results.tables import ALL, Column, Numbers, Row, Table, condition_label, corruptions, modalities
 from .source import Source, attacks_at
 
 MICRO, MACRO = "all (micro)", "all (macro)"
@@ -86,6 +86,13 @@ def grid_of(table: Table) -> Grid:
     """A paper table as one of the page."""
     rows = tuple((row.keys, _cells(row, table.columns)) for row in table.rows)
     return Grid(table.keys, tuple(c.label for c in table.columns), rows, table.title)
+
+
+def corruption_grid(numbers: Numbers) -> Grid | None:
+    """Every model and kind of corruption by severity; None where there are none."""
+    grid = grid_of(corruptions(numbers))
+    means = frozenset(i for i, (keys, _) in enumerate(grid.rows) if keys[1] == ALL)
+    return replace(grid, totals=means) if grid.rows else None
 
 
 def objective_grid(source: Source) -> Grid | None:

@@ -12,14 +12,14 @@ from typing import Any
 from markupsafe import Markup
 
 from ..core.journal import write_atomic
-from ..results.tables import Numbers, condition_label, corruptions
+from ..results.tables import Numbers, condition_label
 from .curves import RunFigure, as_panel, certified_figures, eps_figures, severity_figures
 from .evidence import audit, diagnostics, provenance, trainings
 from .figures import save
 from .gallery import NO_PICTURES, examples
 from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, verdict
 from .jinja import TEMPLATES, template
-from .matrices import grid_of, modality_grid, objective_grid, overlap_grids
+from .matrices import corruption_grid, modality_grid, objective_grid, overlap_grids
 from .packing import pack
 from .page import shown
 from .source import Source, attacks_at, read_source
@@ -57,7 +57,7 @@ def run_page(source: Source) -> str:
         modalities=modality_grid(numbers),
         eps=[_panel(figure) for figure in eps_figures(numbers)],
         certified=[_panel(figure) for figure in certified_figures(numbers)],
-        corruptions=grid_of(corruptions(numbers)) if numbers.corruptions else None,
+        corruptions=corruption_grid(numbers),
         severities=[_panel(figure) for figure in severity_figures(numbers)],
         objectives=objective_grid(source),
         overlaps=overlap_grids(source),

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 STEP_COST = 3.0
 """One step of an attack (forward and backward) in forward passes, for the ETA alone."""
 
-USUAL_STEPS = {"pgd": 20, "mim": 20, "apgd": 50, "square": 170, "safemed-attack": 100, "smoothadv": 80, "eot": 80}
+USUAL_STEPS = {
+    "pgd": 20,
+    "mim": 20,
+    "apgd": 50,
+    "fab": 40,
+    "square": 170,
+    "safemed-attack": 100,
+    "smoothadv": 80,
+    "eot": 80,
+}
 PROBE_COST = {"repeat": 2.0, "gradient": 11.0}
 USUAL_SAMPLES = 400
 """What a sequential certificate takes."""

@@ -20,6 +20,8 @@ TOLERATED = 0.05
 
 ONE_STEP, BLACK_BOX, CASCADES = ("fgsm", "art:FGM"), ("square", "art:Square"), ("safemed-attack",)
 TRANSFER = "transfer"
+SHORTEST = ("fab",)
+"""Attacks that look for the nearest wrong answer, not for the worst of the ball: they are no test of ascent."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def is_gradient_attack(verdicts: Verdicts, condition: Condition) -> bool:
 
 
 def is_iterative(verdicts: Verdicts, condition: Condition) -> bool:
-    return is_gradient_attack(verdicts, condition) and attack_name(verdicts, condition) not in ONE_STEP
+    return is_gradient_attack(verdicts, condition) and attack_name(verdicts, condition) not in (*ONE_STEP, *SHORTEST)
 
 
 def rows_of(verdicts: Verdicts, condition: str) -> pd.DataFrame:
