@@ -158,13 +158,16 @@ def validate(
 @app.command("list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="models, attacks, objectives, certifiers, datasets or suites.")
+        str,
+        typer.Argument(
+            metavar="KIND", help="models, attacks, objectives, certifiers, corruptions, datasets or suites."
+        ),
     ],
     plugin: Plugin = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """List models, attacks, objectives, certifiers, datasets or suites."""
+    """List models, attacks, objectives, certifiers, corruptions, datasets or suites."""
     from .commands.catalogue import list_kind
 
     _load_plugins(plugin)

@@ -120,8 +120,9 @@ CELLS = [
 
 def test_every_registered_attack_is_tested_here():
     """Save those with tests of their own: ART's (test_art), images made elsewhere (test_external), attacks on
-    randomised models (test_smoothadv), and what is fitted on other questions (test_universal)."""
-    elsewhere = {"external", "eot", "smoothadv", "universal"}
+    randomised models (test_smoothadv), the shortest way (test_fab), and what is fitted on other questions
+    (test_universal)."""
+    elsewhere = {"external", "eot", "smoothadv", "universal", "fab"}
     assert set(ATTACKS) == {name for name in catalogue.ATTACKS if not name.startswith("art:")} - elsewhere
 
 

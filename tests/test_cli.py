@@ -190,12 +190,13 @@ def test_validate_says_what_is_missing_here(
     assert "google/medgemma-4b-it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["models", "attacks", "objectives", "datasets", "suites"])
+@pytest.mark.parametrize("kind", ["models", "attacks", "objectives", "corruptions", "datasets", "suites"])
 def test_lists(kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     assert cli.invoke(["list", kind, "--plugin", PLUGIN, "--json"]) == 0
     names = {row["name"] for row in json.loads(capsys.readouterr().out)[kind]}
     expected = {"models": "toy", "attacks": "pgd", "objectives": "decision_slot", "datasets": "phantom"}
+    expected["corruptions"] = "motion_ghosting"
     assert expected.get(kind, "omnimed_pgd") in names
     assert cli.invoke(["list", kind]) == 0
     assert expected.get(kind, "omnimed_pgd") in capsys.readouterr().out

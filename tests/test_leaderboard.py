@@ -301,6 +301,28 @@ def test_missing_questions(root: Path) -> None:
     ]
 
 
+def test_a_corruption_is_asked_of_the_modalities_it_happens_to_and_no_fewer(tmp_path: Path) -> None:
+    name = "corruption[shot_noise]@3"
+    outcomes = {**BASE, name: "10" * 15 + "." * 30}
+    facts = {"name": "shot_noise", "severity": 3, "modalities": ["CT", "X-Ray", "Microscopy"]}
+    cells = [{"model": "m", "condition": c} | ({"corruption": facts} if c == name else {}) for c in outcomes]
+    run = write(tmp_path / "run", outcomes, info={"cells": cells, "code": {"attack": 1, "corruption": 1}})
+    root = tmp_path / "boards"
+    add(run, root)
+    assert problems(root) == "", "MRI, the other half, is not missing"
+    edit_records(root, lambda r: None if r["condition"] == name and r["question_id"] == "q0" else r)
+    assert problems(root) == f"missing questions: 1 of 30 have no verdict under {name}"
+    edit(root, lambda entry: entry["run"]["cells"][-1]["corruption"].update(modalities=["X-Ray"]))
+    assert f"{name} leaves out modalities that it happens to" in problems(root)
+
+
+def test_a_part_of_the_code_that_the_board_has_not_met_changes_nothing_on_it(tmp_path: Path, root: Path) -> None:
+    newer = {"code": {"attack": 1, "corruption": 1}}
+    add(write(tmp_path / "n", BASE, model="n", info=newer), root)
+    assert problems(root, "n.json") == ""
+    assert "other versions of the code" in refused(root, write(tmp_path / "o", BASE, model="o", info={"code": {}}))
+
+
 def test_another_threat_model(root: Path) -> None:
     edit_records(root, lambda r: {**r, "linf": 8 / 255} if r["condition"] == PGD else r)
     assert problems(root) == f"another threat model: 60 images under {PGD} are outside its ball"

@@ -81,6 +81,14 @@ ATTACKS: dict[str, AttackInfo] = {
         "Auto-PGD (Croce & Hein, 2003.01690; L1: 2103.01208): momentum, a step that halves where it stalls",
         ("steps", "restarts", "random_start", "active_set"),
     ),
+    "fab": AttackInfo(
+        "safemed_bench.attacks.fab:FAB",
+        "the shortest way to a wrong answer (Croce & Hein, 1907.02044): its length is in the record's extra",
+        ("steps",),
+        accepts=("margin", "decision_slot"),
+        norms=("linf", "l2"),
+        why="it needs a margin, whose zero is the boundary, and steps that fill the ball",
+    ),
     "square": AttackInfo(
         "safemed_bench.attacks.square:Square",
         "random search on option scores or verdicts, no gradient (Andriushchenko, 1912.00049)",

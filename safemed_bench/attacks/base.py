@@ -64,7 +64,8 @@ class AttackResult:
     linf, l2: (B,) float64 norms of the 8-bit perturbation, [0, 1] pixel scale.
     start_loss: (B,) loss of the first iterate. final_loss: (B,) loss of the iterate behind `adversarial`. NaN if
     not attacked. dead_gradients: (B,) steps whose gradient was all zero or not finite.
-    extra: per question, the objective's notes and `suspected`, the first iterate that the surrogate held for wrong.
+    extra: per question, the objective's notes, the attack's, and `suspected`, the first iterate that the surrogate held
+    for wrong.
     problems: per question, why there is no verdict on it, "" for none; () where nothing can be wrong.
     """
 
@@ -247,6 +248,8 @@ def _gather(
             # An image that was not changed has the verdict that it had, bit for bit: eps 0 is clean.
             answers[place] = answer if answer and moved else answers[place]
             extra[place] = {"suspected": suspected} if suspected >= 0 else {}
+        for place, note in zip(places, pursuit.notes, strict=True):
+            extra[place] |= note
         for place, note in zip(places, notes, strict=False):
             extra[place] |= note
     linf, l2 = norms(canvas, adversarial)

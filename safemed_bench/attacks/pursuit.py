@@ -69,7 +69,8 @@ class Pursuit:
 
     `rows` are always positions in the batch (long, on the pixels' device) and `delta` the perturbations of these
     rows. `targets` are the true options; `costly` says that a verdict costs as much as a few steps. Without a
-    verdict (the trainer's inner maximisation) nothing ever counts as a success.
+    verdict (the trainer's inner maximisation) nothing ever counts as a success. `notes` is what an attack has to tell
+    of each question, for its record.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Pursuit:
         zeros = torch.zeros(4, count, dtype=torch.long, device=on)
         self.forwards, self.backwards, self.verdicts, self.dead = zeros.unbind()
         self.suspected = torch.full((count,), -1, dtype=torch.long, device=on)
+        self.notes: list[dict[str, Any]] = [{} for _ in range(count)]
 
     @property
     def judged(self) -> bool:

@@ -64,6 +64,16 @@ def certifiers() -> list[Row]:
     return rows
 
 
+def corruptions() -> list[Row]:
+    from ..corruptions import CORRUPTIONS, known, modalities_of
+
+    rows = []
+    for name in known():
+        about = CORRUPTIONS[name].summary if name in CORRUPTIONS else "plugin"
+        rows.append({"name": name, "summary": f"{about}; {', '.join(modalities_of(name)) or 'every modality'}"})
+    return rows
+
+
 def datasets() -> list[Row]:
     return [{"name": name, "summary": _first_line(registry.datasets.get(name))} for name in registry.datasets]
 
@@ -86,6 +96,7 @@ KINDS: dict[str, Callable[[], list[Row]]] = {
     "attacks": attacks,
     "objectives": objectives,
     "certifiers": certifiers,
+    "corruptions": corruptions,
     "datasets": datasets,
     "suites": suites,
 }
@@ -104,10 +115,10 @@ def list_kind(kind: str, *, as_json: bool) -> None:
 
 
 def show(name: str, *, as_json: bool) -> None:
-    """A suite as it resolves, a model's card, or what an attack, objective, certifier or data set says of itself."""
+    """A suite as it resolves, a model's card, or what an attack, objective, certifier, corruption or data set says."""
     from ..suite.loader import shipped_suites
 
-    coded = (registry.attacks, registry.objectives, registry.certifiers, registry.datasets)
+    coded = (registry.attacks, registry.objectives, registry.certifiers, registry.corruptions, registry.datasets)
     known = {*shipped_suites(), *registry.models, *(name for kind in coded for name in kind)}
     if name in shipped_suites() or Path(name).is_file():
         _show_suites(name, as_json)
@@ -149,6 +160,8 @@ def _show_code(kind: str, name: str, item: Any, as_json: bool) -> None:
     text = inspect.getdoc(item) or ""
     declared = fields(item) if is_dataclass(item) else ()
     parameters = {f.name: "required" if f.default is MISSING else repr(f.default) for f in declared if f.init}
+    if levels := getattr(item, "levels", ()):
+        parameters["levels"] = ", ".join(f"{level:g}" for level in levels)
     if as_json:
         out.print_json({"kind": kind, "name": name, "text": text, "parameters": parameters})
         return

@@ -106,6 +106,7 @@ models: Registry[Any] = Registry("model", "safemed_bench.models", ("safemed_benc
 attacks: Registry[Any] = Registry("attack", "safemed_bench.attacks", ("safemed_bench.attacks",))
 objectives: Registry[Any] = Registry("objective", "safemed_bench.objectives", ("safemed_bench.attacks",))
 certifiers: Registry[Any] = Registry("certifier", "safemed_bench.certifiers", ("safemed_bench.certify",))
+corruptions: Registry[Any] = Registry("corruption", "safemed_bench.corruptions", ("safemed_bench.corruptions",))
 datasets: Registry[Any] = Registry("data set", "safemed_bench.datasets", ("safemed_bench.datasets",))
 rewards: Registry[Any] = Registry("reward", "safemed_bench.rewards", ("safemed_bench.training.rewards",))
 

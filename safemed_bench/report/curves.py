@@ -1,4 +1,4 @@
-"""Figures of a run: accuracy against eps, one panel per modality, and certified accuracy against radius."""
+"""Figures of a run: accuracy against eps, one panel per modality, against severity, certified against radius."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.types import Estimate
-from ..results.frames import Condition
+from ..results.frames import CORRUPTION, Condition
 from ..results.summary import threat_order
 from ..results.tables import ALL, Numbers
 from .figures import CYCLE, DASHES, MARKERS, Chart, Curve, Level
@@ -48,6 +48,41 @@ def certified_figures(numbers: Numbers) -> list[RunFigure]:
     radii = {_size(c) for c in numbers.certificates}
     shown = _modalities(numbers) if len(radii) > 1 else [ALL] * len(radii)
     return [_radius_figure(numbers, modality) for modality in shown]
+
+
+def severity_figures(numbers: Numbers) -> list[RunFigure]:
+    """Accuracy against the severity of corruptions: the mean over the kinds, then each kind, where there are several
+    severities; 0 is the clean image."""
+    kinds = ("", *numbers.corruptions)
+    return [_severity_figure(numbers, kind) for kind in kinds] if len(numbers.severities) > 1 else []
+
+
+def _severity_figure(numbers: Numbers, kind: str) -> RunFigure:
+    """Chance and the floors are those of all questions, so that they stand in the figure of all kinds alone."""
+    places = [0, *numbers.severities]
+    base = f"{CORRUPTION}[{kind}]" if kind else CORRUPTION
+    measured = {
+        model: [
+            numbers.get(model, base, "clean_accuracy"),
+            *(numbers.corrupted(model, kind, s) for s in places[1:]),
+        ]
+        for model in numbers.models
+    }
+    rows: Rows = {model: cells for model, cells in measured.items() if any(e is not None and e.n for e in cells)}
+    floors = {} if kind else {model: e for model in rows if (e := numbers.blind(model, ALL))}
+    key = f"severity-{_slug(kind or ALL)}"
+    chart = Chart(
+        key,
+        tuple(_curve(model, i, places, cells) for i, (model, cells) in enumerate(rows.items())),
+        places[-1],
+        "share",
+        levels=() if kind else _levels(numbers, ALL, list(rows), floors, places[-1]),
+        x_label="severity",
+        ticks=tuple((float(place), str(place) if place else "clean") for place in places),
+    )
+    body = tuple((model, f"{cells[-1].n:,}" if cells[-1] else "–", *map(share, cells)) for model, cells in rows.items())
+    data = Data(("model", "n", "clean", *(f"severity {s}" for s in places[1:])), body, words=(0,))
+    return RunFigure(key, "Corruptions", kind or "All kinds, mean", "", chart, data, _asked(rows))
 
 
 def _modalities(numbers: Numbers) -> list[str]:

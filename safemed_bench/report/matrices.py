@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,17 @@ from ..core.types import Estimate
 from ..results.formats import cell_parts
 from ..results.frames import Condition, Verdicts
 from ..results.intervals import proportion
-from ..results.tables import ALL, Column, Numbers, Row, Table, condition_label, modalities, transfer
+from ..results.tables import (
+    ALL,
+    Column,
+    Numbers,
+    Row,
+    Table,
+    condition_label,
+    corruptions,
+    modalities,
+    transfer,
+)
 from .source import Source, attacks_at
 
 MICRO, MACRO = "all (micro)", "all (macro)"
@@ -94,10 +104,19 @@ def transfer_grid(numbers: Numbers) -> Grid | None:
     return grid_of(table) if table.rows else None
 
 
+def corruption_grid(numbers: Numbers) -> Grid | None:
+    """Every model and kind of corruption by severity; None where there are none."""
+    grid = grid_of(corruptions(numbers))
+    means = frozenset(i for i, (keys, _) in enumerate(grid.rows) if keys[1] == ALL)
+    return replace(grid, totals=means) if grid.rows else None
+
+
 def objective_grid(source: Source) -> Grid | None:
     """Every attack and objective at the headline threat by model: each alone, then the worst per question."""
     numbers = source.numbers
-    single = [c for c in numbers.conditions if c.threat == numbers.headline and c.objective and not c.source]
+    single = [
+        c for c in numbers.conditions if c.is_attack and c.threat == numbers.headline and c.objective and not c.source
+    ]
     if not single:
         return None
     worst = [c for c in numbers.aggregates if c.threat == numbers.headline and c.kind != "noise"]

@@ -4,7 +4,7 @@ Read by templates/run.js:
 
 questions   id, and places in `strings`: modality, type, question; options: lists of such places; target
 cells       model, condition, label; marks: a character per question, `ABCD` an answer, `i` unreadable, `t` cut off,
-            `e` error, `-` nothing; texts: a place in `strings` per question, -1 where no text is carried
+            `e` error, `-` nothing, ` ` not asked; texts: a place in `strings` per question, -1 where no text is carried
 strings     every text once
 """
 
@@ -96,13 +96,14 @@ def columns(source: Source, keep: Keep) -> dict[str, Any]:
     for verdicts in source.run.verdicts:
         for condition in verdicts.conditions:
             records = source.records.get((verdicts.model, condition.name), {})
+            asked = verdicts.asked.get(condition.name, source.questions)
             found = [records.get(id) for id in source.questions]
             cells.append(
                 {
                     "model": verdicts.model,
                     "condition": condition.name,
                     "label": condition_label(condition.name),
-                    "marks": "".join(map(_mark, found)),
+                    "marks": "".join(_mark(records.get(id)) if id in asked else " " for id in source.questions),
                     "texts": [_text(record, condition, keep, place) for record in found],
                 }
             )

@@ -13,13 +13,13 @@ from markupsafe import Markup
 
 from ..core.journal import write_atomic
 from ..results.tables import Numbers, condition_label
-from .curves import RunFigure, as_panel, certified_figures, eps_figures
+from .curves import RunFigure, as_panel, certified_figures, eps_figures, severity_figures
 from .evidence import audit, diagnostics, provenance, trainings
 from .figures import save
 from .gallery import NO_PICTURES, examples
 from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, verdict
 from .jinja import TEMPLATES, template
-from .matrices import modality_grid, objective_grid, overlap_grids, transfer_grid
+from .matrices import corruption_grid, modality_grid, objective_grid, overlap_grids, transfer_grid
 from .packing import pack
 from .page import shown
 from .source import Source, attacks_at, read_source
@@ -57,6 +57,8 @@ def run_page(source: Source) -> str:
         modalities=modality_grid(numbers),
         eps=[_panel(figure) for figure in eps_figures(numbers)],
         certified=[_panel(figure) for figure in certified_figures(numbers)],
+        corruptions=corruption_grid(numbers),
+        severities=[_panel(figure) for figure in severity_figures(numbers)],
         objectives=objective_grid(source),
         overlaps=overlap_grids(source),
         transfers=transfer_grid(numbers),
@@ -78,7 +80,8 @@ def write_figures(source: Source) -> list[Path]:
     summary = source.summary
     marks = "bands: 95% intervals; dotted: blind; dashed: chance"
     written = []
-    for figure in (*eps_figures(source.numbers), *certified_figures(source.numbers)):
+    numbers = source.numbers
+    for figure in (*eps_figures(numbers), *certified_figures(numbers), *severity_figures(numbers)):
         title = f"{figure.group}: {figure.title}"
         small = " · ".join((summary["data"]["stamp"], *summary["notices"], *figure.notes, marks))
         written += save(figure.chart, source.folder / FIGURES / figure.key, title, small)
@@ -99,7 +102,7 @@ def _browser(source: Source, numbers: Numbers) -> dict[str, Any]:
         "modalities": _pairs(dict.fromkeys(str(row.get("modality")) for row in rows)),
         "types": _pairs(sorted({str(row.get("question_type")) for row in rows})),
         "chosen": _most_told(source),
-        "units": len(source.questions) * sum(len(v.conditions) for v in source.run.verdicts),
+        "units": source.summary["coverage"]["planned"],
         "questions": len(source.questions),
     }
 

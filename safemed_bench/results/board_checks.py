@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import DataError
+from ..corruptions import CORRUPTIONS
 from .entries import REPRODUCED, SELF_REPORTED, digest_of, findings
-from .frames import Condition
+from .frames import CORRUPTION, Condition
 from .intervals import paired_difference
 from .metrics import BLIND
 from .protocol import protocol_of
@@ -85,7 +86,8 @@ def _check_terms(entry: Mapping[str, Any], board: Mapping[str, Any]) -> Iterator
         yield f"another threat model: {protocol.threat}, the board has {terms['threat']}, first {board['headline']}"
     if protocol.canvas != terms["canvas"]:
         yield f"another canvas: {protocol.canvas}, the board has {terms['canvas']}"
-    if dict(protocol.code) != terms["code"]:
+    # parts that the board did not know are behind conditions that it has not
+    if any(protocol.code.get(part) != version for part, version in terms["code"].items()):
         yield f"other versions of the code behind the records: {dict(protocol.code)}, the board has {terms['code']}"
 
 
@@ -95,12 +97,21 @@ def _check_coverage(entry: Mapping[str, Any], frame: pd.DataFrame, measured: Mea
     for needed in ("clean", *BLIND):
         if needed not in cells:
             yield f"no {needed} condition, which every entry has"
-    for name in cells:
-        lost = int(measured.verdicts.correct[name].isna().sum())
-        if lost:
-            yield f"missing questions: {lost:,} of {len(measured.verdicts.correct):,} have no verdict under {name}"
+    for cell in entry["run"]["cells"]:
+        if _shrunk(cell.get(CORRUPTION, {})):
+            yield f"{cell['condition']} leaves out modalities that it happens to"
+        correct = measured.verdicts.correct[cell["condition"]]
+        asked = measured.verdicts.asked.get(cell["condition"], frozenset(correct.index))
+        if lost := int(correct[correct.index.isin(list(asked))].isna().sum()):
+            yield f"missing questions: {lost:,} of {len(asked):,} have no verdict under {cell['condition']}"
     if other := sorted(set(frame["condition"]) - set(cells)):
         yield f"records of {', '.join(other)}, which is none of its cells"
+
+
+def _shrunk(corruption: Mapping[str, Any]) -> bool:
+    """Whether a corruption's cell asks fewer modalities than the catalogue has for it."""
+    said, info = corruption.get("modalities"), CORRUPTIONS.get(corruption.get("name", ""))
+    return bool(said and info and set(said) != set(info.modalities))
 
 
 def _check_records(frame: pd.DataFrame) -> Iterator[str]:

@@ -21,7 +21,7 @@ import numpy as np
 from ..core.journal import to_line
 from ..core.types import Record
 from .compare import ALL
-from .frames import Condition, Verdicts
+from .frames import CORRUPTION, Condition, Verdicts
 from .intervals import paired_difference
 from .metrics import BLIND, measures
 from .protocol import attack_of
@@ -42,7 +42,6 @@ def make_entry(measured: Measured, records: str, digest: str, adaptive: str) -> 
     card = dict(next(c for c in info["models"] if c["name"] == measured.model))
     built = not card.pop("path", "")
     card.pop("adapter", None)  # a folder; its weights are in the fingerprint
-    conditions = [c["condition"] for c in info["cells"] if c["model"] == measured.model]
     return {
         "schema": SCHEMA,
         "model": measured.model,
@@ -58,10 +57,15 @@ def make_entry(measured: Measured, records: str, digest: str, adaptive: str) -> 
             **{key: info[key] for key in ("suite", "title", "data", "headline") if key in info},
             "code": dict(info.get("code", {})),
             "models": [card],
-            "cells": [{"model": measured.model, "condition": c} for c in conditions],
+            "cells": [_cell(c) for c in info["cells"] if c["model"] == measured.model],
         },
         "settings": _settings(measured),
     }
+
+
+def _cell(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a cell what says which questions it asks."""
+    return {key: cell[key] for key in ("model", "condition", CORRUPTION) if key in cell}
 
 
 def _settings(measured: Measured) -> dict[str, Any]:

@@ -5,9 +5,10 @@ tables of question x condition. Aggregates over attacks are more columns of the 
 
 Fields of run.json that are read, all optional: `suite`, `title` (words); `data` {name, fingerprint, stamp}; `headline`
 (a threat's label); `notices` (lines a reader must see, such as LIMITED); `models` [{name, reasons, smooth}]; `cells`
-[{model, condition, questions (ids, where not all are asked), certifier, attack}] and `questions` [{id and the
-QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has it;
-what else they say of a question, its words and its image, is for the report); `provenance` (copied into the summary).
+[{model, condition, questions (ids, where not all are asked), certifier, attack, corruption}] and `questions` [{id and
+the QUESTION_COLUMNS}] in the plan's order (without them a question is known to be missing only where another cell has
+it; what else they say of a question, its words and its image, is for the report); `provenance` (copied into the
+summary).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PROBED = ("again", "spread", "slope", "mismatch", "noise", "reach")
 EFFORT = ("dead_gradients", "suspected", "stage")
 EXTRA = (*CERTIFICATE, *PROBED, *EFFORT)
 """What is kept of the `extra` of a certificate, of a probe of the diagnostics, and of an attack."""
+CORRUPTION = "corruption"
 NO_ATTACK = ("noise", "certify", "certified")
 QUESTION_COLUMNS = ("modality", "question_type", "image_sha256", "n_options", "text_prior", "reassuring", "alarming")
 """What is known of a question; all but the last three also stands in each of its records."""
@@ -48,18 +50,23 @@ class Condition:
     """A condition's name taken apart: `pgd[answer]@linf:4/255` is kind pgd, objective answer, threat linf:4/255.
 
     Of `pgd<-sft[answer]@linf:4/255`, images of the attack pgd against the entry sft, the kind is `pgd<-sft`.
+    Of `corruption[jpeg]@3` jpeg is the objective and 3 the severity; without one or the other it is a mean over them.
     """
 
     name: str
     kind: str
     objective: str | None
     threat: str | None
+    severity: int | None = None
 
     @classmethod
     def parse(cls, name: str) -> Condition:
         match = _CONDITION.fullmatch(name)
-        if match is None:
+        corrupted = match is not None and match["kind"] == CORRUPTION
+        if match is None or (corrupted and not (match["threat"] or "1").isdecimal()):
             raise DataError(f"'{name}' is not the name of a condition")
+        if corrupted:
+            return cls(name, CORRUPTION, match["objective"], None, int(match["threat"]) if match["threat"] else None)
         return cls(name, match["kind"], match["objective"], match["threat"])
 
     @property
@@ -129,6 +136,12 @@ class Verdicts:
     @property
     def conditions(self) -> tuple[Condition, ...]:
         return tuple(Condition.parse(name) for name in self.correct.columns)
+
+    def of(self, rows: Iterable[str]) -> Verdicts:
+        """The same with these questions alone, in the plan's order."""
+        kept = self.questions.index.isin(list(rows))
+        tables = {name: getattr(self, name)[kept] for name in ("questions", "correct", "status", "spared", "clean")}
+        return replace(self, **tables)
 
     @property
     def images(self) -> np.ndarray:
@@ -242,7 +255,7 @@ def assemble(folder: Path, info: Mapping[str, Any], records: pd.DataFrame) -> Ru
             _verdicts(model, conditions, questions, records[(records["model"] == model) & ~probes]),
             records=records[records["model"] == model],
             attacks=_of_cells(info, model, "attack"),
-            asked={name: frozenset(ids) for name, ids in _of_cells(info, model, "questions").items()},
+            asked=_asked(info, model, questions),
             certifiers=_of_cells(info, model, "certifier"),
             smooth=_card_says(info, model, "smooth"),
             reasons=_card_says(info, model, "reasons"),
@@ -254,6 +267,15 @@ def assemble(folder: Path, info: Mapping[str, Any], records: pd.DataFrame) -> Ru
 
 def _card_says(info: Mapping[str, Any], model: str, key: str) -> bool:
     return any(card.get("name") == model and card.get(key) for card in info.get("models", ()))
+
+
+def _asked(info: Mapping[str, Any], model: str, questions: pd.DataFrame) -> dict[str, frozenset[str]]:
+    """Condition -> ids of its questions where they are not all: told one by one or, of a corruption, by modality."""
+    found = {name: frozenset(ids) for name, ids in _of_cells(info, model, "questions").items()}
+    for name, corruption in _of_cells(info, model, CORRUPTION).items():
+        if modalities := corruption.get("modalities"):
+            found[name] = frozenset(questions.index[questions["modality"].isin(modalities)])
+    return found
 
 
 def _of_cells(info: Mapping[str, Any], model: str, key: str) -> dict[str, Any]:

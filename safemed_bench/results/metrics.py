@@ -76,14 +76,17 @@ class _Slice:
 
 def measures(verdicts: Verdicts) -> Iterator[Measure]:
     """All estimates of one model, in a fixed order: condition, metric, modality (`all` first)."""
-    slices = _slices(verdicts)
+    slices: dict[frozenset[str] | None, list[_Slice]] = {}
     for condition in verdicts.conditions:
         if condition.kind == "certify":
             continue  # certified.py
+        asked = verdicts.asked.get(condition.name)
+        if asked not in slices:
+            slices[asked] = _slices(verdicts if asked is None else verdicts.of(asked))
         for metric in METRICS:
             if metric == "abstain_rate" and not verdicts.smooth:
                 continue
-            for part in slices:
+            for part in slices[asked]:
                 estimate = _estimate(metric, condition, part)
                 if estimate is not None:
                     yield Measure(verdicts.model, condition.name, metric, part.name, estimate)

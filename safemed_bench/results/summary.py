@@ -15,6 +15,7 @@ from ..core.journal import write_atomic
 from ..core.types import PROBE
 from . import tables
 from .certified import certified
+from .corrupted import corrupted
 from .diagnostics import diagnose
 from .frames import Condition, Run, Verdicts, load_run, with_worst_cases
 from .metrics import Measure, measures
@@ -65,6 +66,7 @@ def summary_of(run: Run) -> dict[str, Any]:
 
 def _all(verdicts: Verdicts) -> Iterator[Measure]:
     yield from measures(verdicts)
+    yield from corrupted(verdicts)
     yield from certified(verdicts)
 
 

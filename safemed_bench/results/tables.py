@@ -15,9 +15,10 @@ from rich.console import Console
 
 from ..core.journal import write_atomic
 from ..core.types import Estimate
-from .frames import Condition
+from .frames import CORRUPTION, Condition
 
 ALL = "all"
+MCA = "mean_corruption_accuracy"
 Style = Literal["percent", "points", "bare", "count", "number"]
 """percent: `95.0 [91.1, 97.3]`; points: the same with a sign; bare: percent without interval; count: n alone; number:
 three significant digits."""
@@ -62,7 +63,10 @@ class Numbers:
         }
         names = dict.fromkeys(r["condition"] for r in summary["estimates"])
         parsed = [Condition.parse(name) for name in names]
-        self.conditions = [c for c in parsed if c.kind not in ("certify", "certified")]
+        cells = [c for c in parsed if c.kind != CORRUPTION or (c.objective and c.severity)]
+        self.conditions = [c for c in cells if c.kind not in ("certify", "certified")]
+        self.corruptions = list(dict.fromkeys(c.objective for c in cells if c.kind == CORRUPTION and c.objective))
+        self.severities = sorted({c.severity for c in cells if c.severity})
         self.certificates = [c for c in parsed if c.kind == "certified"]
         worst = f"worst@{self.headline}"
         self.robust: str | None = worst if worst in names else None
@@ -94,6 +98,13 @@ class Numbers:
         found = [e for name in ("blank", "shuffled") if (e := self.get(model, name, "accuracy", modality)) and e.n]
         return max(found, key=lambda e: e.value, default=None)
 
+    def corrupted(
+        self, model: str, kind: str = "", severity: int | None = None, modality: str = ALL
+    ) -> Estimate | None:
+        """Mean accuracy over the kinds and severities that are not named; of one kind at one severity its accuracy."""
+        name = f"{CORRUPTION}{f'[{kind}]' if kind else ''}{f'@{severity}' if severity else ''}"
+        return self.get(model, name, "accuracy" if kind and severity else MCA, modality)
+
     def reasons(self, model: str) -> bool:
         return any(m["name"] == model and m["reasons"] for m in self.summary["models"])
 
@@ -101,7 +112,7 @@ class Numbers:
 def build(summary: Mapping[str, Any]) -> list[Table]:
     """All tables that the run has numbers for."""
     numbers = Numbers(summary)
-    made = (overall, modalities, certified, objectives, transfer, validity)
+    made = (overall, modalities, certified, corruptions, objectives, transfer, validity)
     return [table for table in (make(numbers) for make in made) if table.rows]
 
 
@@ -160,6 +171,7 @@ def _measured(
     """
     columns = [Column("n", "count"), Column("chance", "bare"), Column("text prior"), Column("clean"), Column("blind")]
     columns += [Column("image gain", "points")]
+    columns += [Column("mCA")]
     columns += [Column(condition_label(c.name)) for c in varied]
     unread = [(name, status) for name in judged for status in ("invalid", "truncated")]
     columns += [Column(f"{status} {condition_label(name)}", "bare") for name, status in unread]
@@ -173,6 +185,7 @@ def _measured(
             numbers.get(model, "clean", "accuracy", modality),
             numbers.blind(model, modality),
             numbers.get(model, "clean", "image_gain", modality),
+            numbers.corrupted(model, modality=modality),
             *(numbers.get(model, c.name, "accuracy", modality) for c in varied),
             *(numbers.get(model, name, f"{status}_rate", modality) for name, status in unread),
         )
@@ -237,6 +250,21 @@ def certified(numbers: Numbers) -> Table:
         [Column("n", "count"), *proven, *abstained, *numbers_],
         rows,
     )
+
+
+def corruptions(numbers: Numbers) -> Table:
+    """Accuracy per model and kind of corruption against severity; first the means over the kinds, per question."""
+    columns = [Column("n", "count"), Column("clean"), *(Column(f"severity {s}") for s in numbers.severities)]
+    rows = []
+    for model in numbers.models:
+        for kind in ("", *numbers.corruptions):
+            mean = numbers.corrupted(model, kind)
+            if mean is not None:
+                clean = numbers.get(model, f"{CORRUPTION}[{kind}]" if kind else CORRUPTION, "clean_accuracy")
+                at = [numbers.corrupted(model, kind, severity) for severity in numbers.severities]
+                rows.append(Row((model, kind or ALL), (mean, clean, *at, mean)))
+    title = "Accuracy under corruptions by severity, on the modalities that they happen to, %"
+    return _table(numbers, "corruptions", title, ("model", "corruption"), [*columns, Column("mean")], rows)
 
 
 _CERTIFIED = ("certified_accuracy", "abstain_rate", "acr", "samples", "samples_median")

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from .formats import texts
-from .tables import ALL, Numbers, Row, Table, certified, condition_label, modalities, objectives, overall, transfer
+from .tables import ALL, MCA, Numbers, Row, Table, certified, condition_label, modalities, objectives, overall, transfer
 
 WIDTH = 100
 GAP = 2
@@ -24,6 +24,7 @@ LEGEND = (
     " invalid, truncated: answers that could not be read, or were cut off; both count as wrong; under worst, questions"
     " lost by that alone."
 )
+LEGEND_MCA = " mCA: mean accuracy over corruptions and severities."
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,8 @@ def _banner(summary: Mapping[str, Any], console: Console) -> None:
 
 def _footer(summary: Mapping[str, Any], console: Console) -> None:
     errors = summary["coverage"]["named_errors"][:3]
-    notes = [LEGEND, *(f"error in {e['cell']}, question {e['question_id']}: {e['error']}" for e in errors)]
+    legend = LEGEND + LEGEND_MCA * any(row["metric"] == MCA for row in summary["estimates"])
+    notes = [legend, *(f"error in {e['cell']}, question {e['question_id']}: {e['error']}" for e in errors)]
     console.out("", highlight=False)
     for note in notes:
         console.out(textwrap.fill(note, WIDTH), highlight=False)

@@ -1,4 +1,4 @@
-"""What a question is asked under: clean, blank, shuffled, noise, attack, probes. One chunk in, its records out.
+"""What a question is asked under: clean, blank, shuffled, noise, corruption, attack, probes. A chunk in, records out.
 
 Imported by worker processes only, since it needs torch.
 """
@@ -24,7 +24,7 @@ from ..core.seeds import derive_seed
 from ..core.types import Answer, FitSet, Question, Record, ThreatModel, Unit
 from ..datasets.images import load_canvas
 from ..models.base import Batch, VisionLanguageModel
-from . import artefacts, certificates, fitting, probes
+from . import artefacts, certificates, corrupted, fitting, probes
 from .batching import BatchSizer
 from .messages import Job, Settings
 
@@ -81,7 +81,7 @@ class Bench:
         records = []
         for k, answer in enumerate(answers):
             values = _verdict(scene, k, answer)
-            if scene.job.kind == "noise":
+            if scene.job.kind in ("noise", "corruption"):
                 linf, l2 = norms(_tensor(scene.canvas[k : k + 1]), _tensor(images[k : k + 1]))
                 values |= {"linf": float(linf), "l2": float(l2)}
             if scene.job.donors:
@@ -277,6 +277,8 @@ def _show(scene: Scene) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """(N, 3, H, W) uint8: what the model is shown instead of the clean canvas."""
     if scene.job.kind == "blank":
         return np.full_like(scene.canvas, BLANK_LEVEL)
+    if scene.job.kind == "corruption":
+        return corrupted.show(scene)
     if scene.job.kind != "noise":
         return scene.canvas
     canvas = _tensor(scene.canvas)

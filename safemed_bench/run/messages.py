@@ -30,10 +30,10 @@ class Settings:
 class Job:
     """One chunk of one cell, or the part of it that is left after a failure.
 
-    model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack, certify, or a probe's:
-    repeat, gradient. donors: for `shuffled` the questions whose images are shown. chunk: the chunk's name within its
-    cell. cost: estimated passes per question. source: where the images were made against another entry, the job that
-    makes them. fit: what the attack is fitted on, for each modality of the questions.
+    model: the suite's entry (models.card.Spec). kind: clean, blank, shuffled, noise, attack, certify, corruption,
+    or a probe's: repeat, gradient. donors: for `shuffled` the questions whose images are shown. chunk: the chunk's
+    name within its cell. cost: estimated passes per question. source: where the images were made against another
+    entry, the job that makes them. fit: what the attack is fitted on, for each modality of the questions.
     """
 
     model: Any
@@ -49,6 +49,8 @@ class Job:
     params: tuple[tuple[str, Any], ...] = ()
     threat: ThreatModel | None = None
     certifier: str = ""
+    corruption: str = ""
+    severity: int = 0
     cost: float = 1.0
     source: Job | None = None
     fit: tuple[FitSet, ...] = ()

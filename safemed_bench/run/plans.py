@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 STEP_COST = 3.0
 """One step of an attack (forward and backward) in forward passes, for the ETA alone."""
 
-USUAL_STEPS = {"pgd": 20, "mim": 20, "apgd": 50, "square": 170, "safemed-attack": 100, "smoothadv": 80, "eot": 80}
+USUAL_STEPS = {
+    "pgd": 20,
+    "mim": 20,
+    "apgd": 50,
+    "fab": 40,
+    "square": 170,
+    "safemed-attack": 100,
+    "smoothadv": 80,
+    "eot": 80,
+}
 PROBE_COST = {"repeat": 2.0, "gradient": 11.0}
 USUAL_SAMPLES = 400
 """What a sequential certificate takes."""
@@ -55,6 +64,8 @@ def _job_of(plan: Plan, cell: Cell, index: int, units: tuple[PlannedUnit, ...]) 
         threat=condition.threat,
         certifier=condition.certifier,
         fit=tuple(cell.fit[name] for name in modalities if name in cell.fit),
+        corruption=condition.corruption,
+        severity=condition.severity,
         cost=_cost(condition, cell.model.smooth.n if cell.model.smooth else 1),
     )
 

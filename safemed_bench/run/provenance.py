@@ -98,7 +98,7 @@ def _smooth(plan: Plan, name: str) -> dict[str, Any]:
 def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     """`questions` only where not all are asked. Certificates name certifier, parameters and `values`, d = 3 H W;
     attacks their registered name, what the suite sets of their parameters, and whose images are shown where they are
-    another entry's."""
+    another entry's; corruptions name, severity and modalities, [] for all."""
     described: dict[str, Any] = {"model": cell.model.name, "condition": cell.condition.name}
     if cell.condition.certifier:
         side = cell.model.resolution or plan.suite.data.resolution
@@ -107,6 +107,9 @@ def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     if cell.condition.attack:
         described["attack"] = {"name": cell.condition.attack, **dict(cell.condition.params)}
         described["attack"] |= {"source": cell.condition.source} if cell.condition.source else {}
+    if cell.condition.corruption:  # its questions follow from its modalities; a list for each of its cells is long
+        facts = {"name": cell.condition.corruption, "severity": cell.condition.severity}
+        return described | {"corruption": facts | {"modalities": list(cell.condition.modalities)}}
     chosen = asked(plan.dataset.questions, cell.condition)
     if len(chosen) < len(plan.dataset.questions):
         described["questions"] = [question.id for question in chosen]

@@ -127,6 +127,7 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
             *_limit_problems(condition, suite),
             *_noise_problems(condition, suite),
             *_certify_problems(condition, suite),
+            *_corruption_problems(condition),
         )
         for key, message in found:
             yield problem(("conditions", i, *key), message)
@@ -302,13 +303,30 @@ def _certify_problems(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[
             return
 
 
+def _corruption_problems(condition: ConditionSpec) -> Iterator[tuple[Key, str]]:
+    from ..corruptions import known
+
+    for j, name in enumerate(condition.corruption if isinstance(condition.corruption, tuple) else ()):
+        if name not in known():
+            yield ("corruption", j), _unknown("corruption", name, known())
+
+
+def _corrupted(suite: Suite) -> Iterator[str]:
+    """The cells of all corruptions, as rules of a gate name them."""
+    from ..corruptions import chosen
+
+    for spec in (c for c in suite.conditions if c.kind == "corruption"):
+        yield from (f"corruption[{name}]@{s}" for name in chosen(spec.corruption or ()) for s in spec.severities)
+
+
 def _gate_problems(suite: Suite, rule: GateRule) -> Iterator[tuple[str, str]]:
     """A rule about a condition, a size or an entry that the suite does not measure."""
     head, _, size = rule.condition.partition("@")
     kind = head.partition("[")[0]
     attacks = {c.label for c in suite.conditions if c.kind == "attack"}
     sized = {*attacks, *(c.kind for c in suite.conditions if c.kind == "noise"), *({"worst"} if attacks else ())}
-    plain = {c.label for c in suite.conditions if c.kind not in ("attack", "noise")}
+    plain = {c.label for c in suite.conditions if c.kind not in ("attack", "noise", "corruption")}
+    corrupted = [*_corrupted(suite)]
     labels = ["headline", *(threat.label for threat in suite.threat.models)]
     radii = [f"certified@l2:{r:g}" for c in suite.conditions if c.kind == "certify" for r in c.radii or ()]
     if rule.metric == "certified_accuracy" or kind == "certified":
@@ -319,8 +337,9 @@ def _gate_problems(suite: Suite, rule: GateRule) -> Iterator[tuple[str, str]]:
                 "condition",
                 f"'{rule.condition}' is no radius that the suite certifies.{did_you_mean(rule.condition, radii)}",
             )
-    elif kind not in sized | plain:
-        yield "condition", _unknown("condition", rule.condition, [*plain, *(f"{name}@headline" for name in sized)])
+    elif kind not in sized | plain and rule.condition not in corrupted:
+        names = [*plain, *(f"{name}@headline" for name in sized), *corrupted]
+        yield "condition", _unknown("condition", rule.condition, names)
     elif kind in sized and size not in labels:
         yield "condition", f"'{rule.condition}' names no size of the threat; one of: @{', @'.join(labels)}"
     elif kind in plain and size:

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ..attacks import attack_name
 from ..core.errors import did_you_mean
 from ..core.types import FROM
-from .values import Count, Number, Text, check_sigma
+from ..corruptions import SEVERITIES
+from .values import Count, Number, Text, Whole, check_sigma
 
 PLAIN_KINDS = ("clean", "blank", "shuffled", "noise")
-RESERVED = (*PLAIN_KINDS, "worst")
+RESERVED = (*PLAIN_KINDS, "corruption", "worst")
 PARAMETERS_OF = {
     "attack": ("steps", "restarts", "step_size", "rel_step"),
     "certify": ("sigma", "radii", "n", "n0", "alpha"),
@@ -22,6 +23,7 @@ PARAMETERS_OF = {
 KEYS_OF = {
     "attack": ("attack", "name", "transfer", "objectives", "at", "params", *PARAMETERS_OF["attack"]),
     "certify": ("certify", "name", "per_modality", "params", *PARAMETERS_OF["certify"]),
+    "corruption": ("corruption", "severities"),
 }
 
 
@@ -30,11 +32,11 @@ class Part(BaseModel):
 
 
 class ConditionSpec(Part):
-    """A word (clean, blank, shuffled, noise), or a mapping with `attack` or `certify`."""
+    """A word (clean, blank, shuffled, noise), or a mapping with `attack`, `certify` or `corruption`."""
 
     unknown_key_hint: ClassVar[str] = " Further parameters of an attack or certifier stand under `params`."
 
-    kind: Literal["clean", "blank", "shuffled", "noise", "attack", "certify"] = Field(
+    kind: Literal["clean", "blank", "shuffled", "noise", "attack", "certify", "corruption"] = Field(
         description="What is done to the image."
     )
     models: Literal["bare", "smoothed"] | tuple[Text, ...] | None = Field(
@@ -78,6 +80,14 @@ class ConditionSpec(Part):
     per_modality: Count | None = Field(
         default=None, description="Certifier: at most so many of the questions per modality; None is all of them."
     )
+    corruption: Literal["modality", "all"] | tuple[Text, ...] | None = Field(
+        default=None,
+        description="What happens to the image without an adversary: names; `modality`, every kind; either way only "
+        "to the modalities that it happens to; or `all`, every kind to every modality, its own or not.",
+    )
+    severities: tuple[Whole, ...] = Field(
+        default=SEVERITIES, min_length=1, description="Corruption: how bad, from 1 to 5; a cell each."
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="Further parameters, by name.")
 
     @field_validator("sigma")
@@ -94,9 +104,11 @@ class ConditionSpec(Part):
                 raise ValueError(f"unknown condition '{value}'.{close} Attacks are written `- attack: {value}`.")
             return {"kind": value}
         if isinstance(value, dict) and "kind" not in value:
-            found = [key for key in ("attack", "certify") if key in value]
+            found = [key for key in KEYS_OF if key in value]
             if not found:
-                raise ValueError("a condition is a word, or a mapping with `attack` or `certify`: the name of one")
+                raise ValueError(
+                    "a condition is a word, or a mapping with `attack`, `certify` or `corruption`: the name of one"
+                )
             return {"kind": found[0], **value}
         return value
 
@@ -104,6 +116,20 @@ class ConditionSpec(Part):
     @classmethod
     def _one_name(cls, value: str | None) -> str | None:
         return value if value is None else attack_name(value)
+
+    @field_validator("corruption", mode="before")
+    @classmethod
+    def _one_corruption(cls, value: Any) -> Any:
+        return _names(value, ("modality", "all"), "a corruption")
+
+    @field_validator("severities")
+    @classmethod
+    def _known_severities(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if unknown := [value for value in values if value not in SEVERITIES]:
+            raise ValueError(f"a severity is one of {', '.join(map(str, SEVERITIES))}, not {unknown[0]}")
+        if len(set(values)) < len(values):
+            raise ValueError("the same severity stands twice")
+        return values
 
     @field_validator("models", mode="before")
     @classmethod
@@ -115,16 +141,11 @@ class ConditionSpec(Part):
     @field_validator("objectives", mode="before")
     @classmethod
     def _one_objective(cls, value: Any) -> Any:
-        if value in ("all", "strong"):
-            return value
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in names):
-            raise ValueError("must be `all`, `strong`, an objective, or a list of objectives")
-        return tuple(names)
+        return _names(value, ("all", "strong"), "an objective")
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> ConditionSpec:
-        for kind in ("attack", "certify"):
+        for kind in KEYS_OF:
             if (self.kind == kind) != (getattr(self, kind) is not None):
                 raise ValueError(f"`{kind}` belongs to a condition of kind {kind}, and to no other")
         allowed = {"kind", "models", *KEYS_OF.get(self.kind, ())}
@@ -158,6 +179,8 @@ class ConditionSpec(Part):
         entry; a certifier's has its sigma."""
         if self.kind == "certify" and self.sigma is not None:
             return self.certificate_label(self.sigma)
+        if isinstance(self.corruption, tuple):
+            return f"corruption[{', '.join(self.corruption)}]"
         own = self.name or self.attack or self.kind
         return f"{own}{FROM}{self.transfer}" if self.transfer else own
 
@@ -170,3 +193,14 @@ class ConditionSpec(Part):
         """Everything the attack or the certifier is built with."""
         named = {k: getattr(self, k) for k in PARAMETERS_OF.get(self.kind, ())}
         return {k: v for k, v in named.items() if v is not None} | dict(self.params)
+
+
+def _names(value: Any, words: tuple[str, ...], what: str) -> Any:
+    """One of `words`, or names as a tuple. Raises ValueError for anything else; `what` is one that a name is of."""
+    if value in words:
+        return value
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in names):
+        many = what.partition(" ")[2]
+        raise ValueError(f"must be {', '.join(f'`{word}`' for word in words)}, {what}, or a list of {many}s")
+    return tuple(names)

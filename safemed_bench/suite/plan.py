@@ -19,6 +19,8 @@ from ..core import registry
 from ..core.errors import UsageError
 from ..core.seeds import derive_seed
 from ..core.types import FROM, PROBE, FitSet, Question, ThreatModel, Unit
+from ..corruptions import CODE_VERSION as CORRUPTION_VERSION
+from ..corruptions import chosen
 from .fitting import choose_fit, unfitted
 from .schema import ConditionSpec, ModelSpec, Suite
 from .shuffle import choose_donors
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from ..datasets.base import Dataset
     from ..models.card import ModelCard
 
-Kind = Literal["clean", "blank", "shuffled", "noise", "attack", "certify", "repeat", "gradient"]
+Kind = Literal["clean", "blank", "shuffled", "noise", "attack", "certify", "corruption", "repeat", "gradient"]
 
 CODE_VERSIONS: Mapping[str, int] = {
     "canvas": 1,
@@ -37,6 +39,7 @@ CODE_VERSIONS: Mapping[str, int] = {
     "noise": 1,
     "attack": ATTACK_VERSION,
     "certify": CERTIFY_VERSION,
+    "corruption": CORRUPTION_VERSION,
     "repeat": 1,
     "gradient": 1,
     "smooth": 3,
@@ -54,6 +57,7 @@ class Condition:
     attack, objective, params, threat: for kind "attack" (and threat for "noise"); params are sorted by name. objective
     is "" where the attack takes none: a black box, a cascade. source: the entry that the attack is made against, where
     that is not the one which is shown the images.
+    corruption, severity, modalities: for kind "corruption"; what it does to whose pictures, () is every modality.
     certifier, params: for kind "certify". per_modality: at most so many of the suite's questions; None is all.
     share: such a part of each modality's questions, for the probes of the diagnostics (probes.py).
     """
@@ -68,6 +72,9 @@ class Condition:
     per_modality: int | None = None
     share: float | None = None
     source: str = ""
+    corruption: str = ""
+    severity: int = 0
+    modalities: tuple[str, ...] = ()
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -173,11 +180,13 @@ def build_plan(
     for model, card in here.values():
         conditions = tuple(conditions_for(suite, card, said, model, others))
         for condition in (*conditions, *probes_of(suite, model, conditions)):
+            if not asked(questions, condition):
+                continue
             source = _source(condition, *here[condition.source]) if condition.source else None
             cells.append(Cell(f"{card.name}/{condition.name}", model, card, condition, source))
     if twice := _repeated(cell.name for cell in cells):
         raise UsageError(f"the suite gives two cells the name {twice}; give one condition another `name`")
-    said += [*_missing_images(cells, questions), *_unmeasured_sources(cells)]
+    said += [*_missing_images(cells, questions), *_unmeasured_sources(cells), *_nobodys(suite, questions)]
     donors = choose_donors(questions, suite.run.seed)
     running = dtype or suite.run.dtype
     cells = [_with_fit(cell, suite, running, questions, pools or {}) for cell in cells]
@@ -227,6 +236,13 @@ def _unmeasured_sources(cells: Sequence[Cell]) -> list[str]:
     return [f"no cell of this run is {name}: its images are made for the transfer alone" for name in alone]
 
 
+def _nobodys(suite: Suite, questions: Sequence[Question]) -> list[str]:
+    """A note on the corruptions that happen to none of the questions' pictures."""
+    found = [c for spec in suite.conditions if spec.kind == "corruption" for c in _corruptions(spec)]
+    names = dict.fromkeys(c.corruption for c in found if not asked(questions, c))
+    return [f"left out, for no question is of a modality they happen to: {', '.join(names)}"] if names else []
+
+
 def conditions_for(
     suite: Suite,
     card: ModelCard,
@@ -246,6 +262,8 @@ def conditions_for(
         elif spec.kind == "noise":
             for threat in suite.threat.models:
                 yield Condition("noise", f"noise@{threat.label}", threat=threat)
+        elif spec.kind == "corruption":
+            yield from _corruptions(spec)
         elif spec.kind == "attack":
             yield from _attacks(suite, spec, card, notes if notes is not None else [], others or {})
         else:
@@ -259,6 +277,13 @@ def _certificate(spec: ConditionSpec, model: ModelSpec | None) -> Condition:
     name = spec.certificate_label(parameters.get("sigma", 0))
     params = tuple(sorted(parameters.items()))
     return Condition("certify", name, params=params, certifier=spec.certify or "", per_modality=spec.per_modality)
+
+
+def _corruptions(spec: ConditionSpec) -> Iterator[Condition]:
+    for name, modalities in chosen(spec.corruption or ()).items():
+        for severity in sorted(spec.severities):
+            label = f"corruption[{name}]@{severity}"
+            yield Condition("corruption", label, corruption=name, severity=severity, modalities=modalities)
 
 
 def _attacks(
@@ -317,7 +342,10 @@ def _chunks(
 
 
 def asked(questions: Sequence[Question], condition: Condition) -> Sequence[Question]:
-    """The questions of one condition: all, or the first of each modality, in the data set's order (types are mixed)."""
+    """The questions of one condition: all, those of its modalities, or the first of each modality, in the data set's
+    order (types are mixed)."""
+    if condition.modalities:
+        return [question for question in questions if question.modality in condition.modalities]
     if condition.per_modality is None and condition.share is None:
         return questions
     there, seen = Counter(question.modality for question in questions), Counter[str]()
@@ -382,16 +410,20 @@ def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
     attack: list[object] = [condition.kind, condition.attack, condition.objective, condition.params]
     attack += [condition.certifier] if condition.certifier else []
     attack += ["transfer", *_cell_identity(cell.source, suite, dtype)] if cell.source else []
+    attack += [condition.corruption, condition.severity] if condition.corruption else []
     ball = [threat.norm, threat.eps, threat.bounds] if threat else []
     side = cell.model.resolution or data.resolution
     return [cell.name, model, attack, ball, side, data.fit, condition.versions, *_plugin_sources(condition)]
 
 
 def _plugin_sources(condition: Condition) -> list[str]:
-    """Hashes of attack, objective or certifier where these are plugins, and of images made elsewhere: CODE_VERSIONS
-    knows nothing of them."""
+    """Hashes of attack, objective, certifier or corruption where these are plugins, and of images made elsewhere:
+    CODE_VERSIONS knows nothing of them."""
     if condition.certifier:
         source = registry.certifiers.source(condition.certifier)
+        return [source] if source else []
+    if condition.corruption:
+        source = registry.corruptions.source(condition.corruption)
         return [source] if source else []
     if not condition.attack:
         return []

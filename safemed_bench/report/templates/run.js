@@ -93,6 +93,7 @@
     found = [];
     for (let q = 0; q < fits.length; q++) {
       for (const cell of fits[q] ? cells : []) {
+        if (cell.marks[q] === " ") continue; // not asked
         if (fits[q] === 1 && !(cell.texts[q] >= 0 && hit[cell.texts[q]])) continue;
         if (outcome && !outcome(cell.marks[q], cell.clean?.marks[q], q)) continue;
         found.push([cell, q]);
@@ -152,7 +153,7 @@
     questions.options[q].forEach((o, i) => options.append(make("span", `${LETTERS[i]}) ${string(o)}`, i === questions.target[q] ? "true" : "")));
     const table = make("table"), head = make("tr"), rows = make("tbody"), top = make("thead");
     for (const word of ["model", "condition", "answer", "reply"]) { const th = make("th", word, "left"); th.scope = "col"; head.append(th); }
-    for (const cell of data.cells) {
+    for (const cell of data.cells.filter((c) => c.marks[q] !== " ")) {
       const row = make("tr"), reply = make("td", undefined, "left reply"), mark = cell.marks[q];
       const base = cell.clean && cell !== cell.clean ? string(cell.clean.texts[q]) : undefined, text = string(cell.texts[q]);
       if (base === undefined || !base) reply.textContent = text;

@@ -22,6 +22,9 @@ ONE_STEP, BLACK_BOX, CASCADES = ("fgsm", "art:FGM"), ("square", "art:Square"), (
 FITTED = ("universal",)
 """Attacks that are made on other questions than they are shown on."""
 
+SHORTEST = ("fab",)
+"""Attacks that look for the nearest wrong answer, not for the worst of the ball: they are no test of ascent."""
+
 
 @dataclass(frozen=True)
 class Diagnostic:
@@ -122,7 +125,7 @@ def is_own(verdicts: Verdicts, condition: Condition) -> bool:
 
 
 def is_iterative(verdicts: Verdicts, condition: Condition) -> bool:
-    return is_gradient_attack(verdicts, condition) and attack_name(verdicts, condition) not in ONE_STEP
+    return is_gradient_attack(verdicts, condition) and attack_name(verdicts, condition) not in (*ONE_STEP, *SHORTEST)
 
 
 def rows_of(verdicts: Verdicts, condition: str) -> pd.DataFrame:
