@@ -209,7 +209,7 @@ def test_entry_points_of_an_installed_package_need_no_flag(folder: Path) -> None
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
