@@ -17,7 +17,8 @@ from safemed_bench.core.errors import UsageError
 from safemed_bench.core.types import Question
 from safemed_bench.datasets.base import Dataset
 from safemed_bench.models.card import ModelCard
-from safemed_bench.suite.plan import CODE_VERSIONS, Plan, build_plan, conditions_for
+from safemed_bench.suite.conditions import CODE_VERSIONS, conditions_for
+from safemed_bench.suite.plan import Plan, build_plan
 from safemed_bench.suite.schema import Suite
 from safemed_bench.suite.shuffle import choose_donors
 

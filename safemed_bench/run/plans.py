@@ -9,7 +9,8 @@ from ..core.errors import UsageError
 from .messages import Job
 
 if TYPE_CHECKING:
-    from ..suite.plan import Cell, Chunk, Condition, Plan, PlannedUnit
+    from ..suite.conditions import Condition
+    from ..suite.plan import Cell, Chunk, Plan, PlannedUnit
 
 STEP_COST = 3.0
 """One step of an attack (forward and backward) in forward passes, for the ETA alone."""

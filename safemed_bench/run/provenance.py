@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.clinical import opposite_options, reads_normal
 from ..core.journal import write_atomic
 from ..core.types import LETTERS, Question, ThreatModel
-from ..suite.plan import CODE_VERSIONS, asked
+from ..suite.conditions import CODE_VERSIONS, asked
 
 if TYPE_CHECKING:
     from ..suite.plan import Cell, Plan

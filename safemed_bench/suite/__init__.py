@@ -1,7 +1,8 @@
 """YAML -> validated Suite -> Plan of cells and units. Imports no torch."""
 
+from .conditions import Condition
 from .loader import Override, dump_suite, find_suite, load_suite, load_suites, shipped_suites
-from .plan import Cell, Chunk, Condition, Plan, PlannedUnit, build_plan
+from .plan import Cell, Chunk, Plan, PlannedUnit, build_plan
 from .schema import ConditionSpec, DataSpec, GateRule, ModelSpec, RunSpec, Suite, ThreatSpec
 
 __all__ = [
