@@ -113,9 +113,7 @@ def pair_up(
 def slices(a: Verdicts, b: Verdicts, condition: str, *, status: str = "") -> list[Slice]:
     """`all`, then each modality. Good is a right answer or, where `status` is given, one that is not of that status."""
     good = [_good(v, condition, status) for v in (a, b)]
-    index = good[0].index
-    asked = [index.isin(list(v.asked.get(condition, index))) for v in (a, b)]
-    return paired(a, good[0][asked[0] | asked[1]], good[1])
+    return paired(a, good[0].reindex(good[0].index.union(good[1].index, sort=False)), good[1])
 
 
 def paired(verdicts: Verdicts, a: pd.Series, b: pd.Series) -> list[Slice]:
