@@ -1,4 +1,4 @@
-"""Means and spread over training seeds: `python benchmarks/seeds.py RUN`.
+"""Entries of a run in rows, or means and spread over their training seeds: `python benchmarks/seeds.py RUN [--each]`.
 
 RUN is the folder of a run in which entries of one kind differ in their training seed alone and are named so: NAME for
 seed 0, NAME-s1 for seed 1, and so on (suites/omnimed_seeds.yaml). A run's intervals say how far a number may be off
@@ -73,9 +73,26 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def each(estimates: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, in %: a row for every entry, with the 95% intervals of the run."""
+    found = {
+        (e["model"], f"{e['condition']} {e['metric']}".removesuffix(" accuracy")): e
+        for e in estimates
+        if e["modality"] == "all" and (e["condition"].split("@")[0], e["metric"]) in METRICS
+    }
+    heads = list(dict.fromkeys(head for _, head in found))
+    text = [f"| entry | n | {' | '.join(heads)} |", f"| --- | ---: |{' ---: |' * len(heads)}"]
+    for model in dict.fromkeys(model for model, _ in found):
+        cells = [found.get((model, head)) for head in heads]
+        shown = [f"{100 * e['value']:.1f} [{100 * e['low']:.1f}, {100 * e['high']:.1f}]" if e else "–" for e in cells]
+        text.append(f"| {model} | {min(e['n'] for e in cells if e)} | {' | '.join(shown)} |")
+    return "\n".join(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--each", action="store_true", help="every entry with its intervals, no means")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     given = parser.parse_args()
     try:
@@ -86,7 +103,8 @@ def main() -> None:
     if given.json:
         print(json.dumps({"suite": summary["suite"], "data": summary["data"], "rows": lines}))
         return
-    print(f"{summary['suite']}: {summary['data'].get('stamp', summary['data'])}\n\n{table(lines)}")
+    shown = each(summary["estimates"]) if given.each else table(lines)
+    print(f"{summary['suite']}: {summary['data'].get('stamp', summary['data'])}\n\n{shown}")
 
 
 if __name__ == "__main__":
