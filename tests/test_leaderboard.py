@@ -308,7 +308,7 @@ def test_a_corruption_is_asked_of_the_modalities_it_happens_to_and_no_fewer(tmp_
     cells = [{"model": "m", "condition": c} | ({"corruption": facts} if c == name else {}) for c in outcomes]
     run = write(tmp_path / "run", outcomes, info={"cells": cells, "code": {"attack": 1, "corruption": 1}})
     root = tmp_path / "boards"
-    add(run, root)
+    add(run, root, standard="pgd")
     assert problems(root) == "", "MRI, the other half, is not missing"
     edit_records(root, lambda r: None if r["condition"] == name and r["question_id"] == "q0" else r)
     assert problems(root) == f"missing questions: 1 of 30 have no verdict under {name}"
