@@ -16,6 +16,7 @@ from small_runs import CLEAN, PGD, SETTINGS, WORST, write
 from safemed_bench import cli
 from safemed_bench.core.errors import DataError, UsageError
 from safemed_bench.results.compare import Row, compare, pair_up, unmatched
+from safemed_bench.results.protocol import differences, protocol_of
 from safemed_bench.results.sources import load_measured
 
 A = {CLEAN: "1111111111110000", PGD: "1111110011100000"}
@@ -177,3 +178,13 @@ def test_the_settings_read_here_are_what_a_run_writes() -> None:
     written = Suite.model_validate(SETTINGS).to_dict()
     assert written["threat"]["eps"] == ["4/255"] and written["conditions"][1]["steps"] == 20
     assert yaml.safe_load(yaml.safe_dump(written)) == written
+
+
+def test_the_code_that_smooths_is_behind_smoothed_entries_alone() -> None:
+    info = {"models": [{"name": "m"}, {"name": "s", "smooth": {"sigma": 0.25}}], "code": {"attack": 1, "smooth": 2}}
+    newer = info | {"code": {"attack": 1, "smooth": 3}}
+    assert differences(protocol_of("m", info, {}), protocol_of("m", newer, {})) == differences(
+        protocol_of("m", info, {}), protocol_of("m", info, {})
+    )
+    (found,) = (d for d in differences(protocol_of("s", info, {}), protocol_of("s", newer, {})) if d.check == "code")
+    assert "'smooth' is version 2 in A, 3 in B" in found.message

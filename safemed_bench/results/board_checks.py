@@ -86,8 +86,9 @@ def _check_terms(entry: Mapping[str, Any], board: Mapping[str, Any]) -> Iterator
         yield f"another threat model: {protocol.threat}, the board has {terms['threat']}, first {board['headline']}"
     if protocol.canvas != terms["canvas"]:
         yield f"another canvas: {protocol.canvas}, the board has {terms['canvas']}"
-    # parts that the board did not know are behind conditions that it has not
-    if any(protocol.code.get(part) != version for part, version in terms["code"].items()):
+    # parts that one of the two does not know are behind conditions that it has not
+    shared = protocol.code.keys() & terms["code"].keys()
+    if not protocol.code or any(protocol.code[part] != terms["code"][part] for part in shared):
         yield f"other versions of the code behind the records: {dict(protocol.code)}, the board has {terms['code']}"
 
 

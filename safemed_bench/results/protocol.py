@@ -62,9 +62,14 @@ def protocol_of(model: str, info: Mapping[str, Any], settings: Mapping[str, Any]
         prompt=str(card.get("prompt", "")),
         extraction=f"{card.get('decode')}, at most {card.get('max_new_tokens')} new tokens",
         attacks={name: attack for name, attack in attacks.items() if attack},
-        code=info.get("code", {}),
+        code=_code(card, info),
         certificates=_certificates(model, info),
     )
+
+
+def _code(card: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, int]:
+    """An entry that is not smoothed has nothing of the code that smooths."""
+    return {part: version for part, version in info.get("code", {}).items() if part != "smooth" or card.get("smooth")}
 
 
 def _certificates(model: str, info: Mapping[str, Any]) -> dict[str, str]:
