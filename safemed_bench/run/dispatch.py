@@ -39,10 +39,6 @@ class Member:
     model: str = ""
     seen: set[tuple[str, ...]] = field(default_factory=set)
 
-    def forget(self) -> None:
-        """Another process stands in its place."""
-        self.ready, self.task, self.model, self.seen = False, None, "", set()
-
 
 @dataclass(slots=True)
 class Brake:
@@ -105,9 +101,8 @@ class Dispatch:
         return [] if isinstance(message, Failed) else [message]
 
     def lost(self, member: Member, cause: str) -> list[Event]:
-        """A worker is gone and another takes its place: its job goes back to the queue."""
+        """A worker is gone and a new member takes its place: its job goes back to the queue."""
         task, text = member.task, f"a worker died ({cause}) and was replaced"
-        member.forget()
         if not task:
             return [Note(text)]
         where = f"{task.job.cell}, {len(task.job.units)} questions"
