@@ -35,8 +35,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import reporting
 import torch
+from meter import flops
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from safemed_bench.attacks import build_objective, build_strike
 from safemed_bench.attacks.base import AttackResult, frozen
@@ -91,12 +91,6 @@ class Case:
         more = {"ours_robust": stand[0], "peer_robust": stand[1], "n": len(self.ours_robust)}
         same = torch.equal(self.ours_robust, self.theirs_robust)
         return reporting.row(self.name, self.ours, self.peer, self.theirs, same, **more)
-
-
-class Untracked(contextlib.nullcontext[None]):
-    """In place of torch's tracker of modules, whose hooks refuse autograd.grad, which peers and we call."""
-
-    parents = frozenset({"Global"})
 
 
 class Module(nn.Module):
@@ -199,17 +193,10 @@ class Bench:
             images = make(module, self.pixels, self.targets, self.size.eps, steps, restarts)
         return torch.stack([self.standing(image) for image in images]).all(dim=0)
 
-    def flops(self, work: Callable[[], Any]) -> float:
-        counter = FlopCounterMode(display=False)
-        counter.mod_tracker = Untracked()
-        with counter:
-            work()
-        return float(counter.get_total_flops())
-
     def one_forward(self) -> float:
         """FLOPs of one forward pass of all questions through our module."""
         with torch.no_grad():
-            return self.flops(lambda: self.modules["our module"](self.pixels))
+            return flops(lambda: self.modules["our module"](self.pixels))
 
     def own_work(self) -> float:
         """All passes of ours over all steps of ours: what was dropped from the batch is in neither."""
@@ -219,7 +206,7 @@ class Bench:
             torch.autograd.grad(self.modules["our module"](pixels).sum(), pixels)
 
         with frozen(self.vlm):
-            both = self.flops(step) / self.one_forward()
+            both = flops(step) / self.one_forward()
         result = self.strike("pgd", "answer", steps=self.size.steps)
         forwards, steps = int(result.forwards.sum()), int(result.backwards.sum())
         return (forwards + (both - 1) * steps) / steps
@@ -231,7 +218,7 @@ class Bench:
         for parameter in parameters:
             parameter.requires_grad_(True)
         try:
-            spent = self.flops(lambda: make(module, self.pixels, self.targets, self.size.eps, steps, 1))
+            spent = flops(lambda: make(module, self.pixels, self.targets, self.size.eps, steps, 1))
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(False)

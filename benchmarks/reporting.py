@@ -18,10 +18,11 @@ def row(
 
 def table(rows: Sequence[dict[str, Any]], facts: str) -> str:
     """The rows below a line that says on what."""
-    lines = [facts, f"{'case':<28}{'ours':>10}  {'peer':>12}  {'ratio':>8}  same  peer"]
+    width = max(28, *(len(r["name"]) + 1 for r in rows))
+    lines = [facts, f"{'case':<{width}}{'ours':>10}  {'peer':>12}  {'ratio':>8}  same  peer"]
     for r in rows:
         lines.append(
-            f"{r['name']:<28}{r['ours_s']:>8.3f} s  {r['peer_s']:>10.3f} s  {r['ratio']:>7.2f}x  "
+            f"{r['name']:<{width}}{r['ours_s']:>8.3f} s  {r['peer_s']:>10.3f} s  {r['ratio']:>7.2f}x  "
             f"{'yes' if r['same_verdicts'] else 'NO':<4}  {r['peer']}"
         )
     return "\n".join(lines)

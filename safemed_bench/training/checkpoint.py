@@ -50,18 +50,20 @@ def load_start(config: TrainConfig, words: Sequence[str], device: torch.device) 
         whole: Any = vlm.model
         whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora:
-        adapted = _with_lora(vlm.model, config.lora)
+        adapted = with_lora(vlm.model, config.lora)
         vlm = HuggingFaceVLM(adapted, vlm.processor, vlm.card, resolution, device=device)
     return vlm
 
 
-def _with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    """The model with fresh adapters, which alone are trained. Raises ModelError where peft is not installed."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ModelError("training with `lora` needs the extra: pip install 'safemed-bench[peft]'") from error
     targets = list(settings.targets) or "all-linear"
-    return get_peft_model(model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
+    alpha: Any = settings.alpha  # peft's annotation says int; it divides by the rank
+    return get_peft_model(model, LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets))
 
 
 def _start_folder(name: str) -> Path:
