@@ -43,6 +43,7 @@ from safemed_bench.attacks.pgd import PGD
 from safemed_bench.attacks.pursuit import Pursuit
 from safemed_bench.core.types import Question, ThreatModel
 from safemed_bench.models.base import Batch
+from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.smoothed import labels
 from safemed_bench.run.batching import is_out_of_memory
 
@@ -81,6 +82,7 @@ class Bench:
     def __init__(self, shape: Shape, size: Size, meter: Meter, dtype: torch.dtype) -> None:
         self.shape, self.size, self.meter, self.dtype = shape, size, meter, dtype
         self.vlm = build(shape, meter.device, dtype)
+        self.vlm.prefix = Prefix.of(self.vlm, worth=0)  # also where a miniature is too small for it
         draw = torch.Generator().manual_seed(0)
         count = max(*size.batches, size.questions)
         self.canvas = torch.randint(0, 256, (count, 3, shape.side, shape.side), generator=draw, dtype=torch.uint8)
@@ -115,7 +117,7 @@ class Bench:
     def naive(self, count: int) -> Callable[[], Tensor]:
         """The loop that everybody writes first: an image at a time, all parameters with gradients, all logits."""
         plain = copy.copy(self.vlm)
-        plain._head_on_slice = False
+        plain._head_on_slice, plain.prefix = False, Prefix.off("the naive loop")
         batch = self.batch(plain, count)
         parameters = list(plain.model.parameters())
 
@@ -137,8 +139,8 @@ class Bench:
 
         return work
 
-    def attack(self) -> dict[str, Any]:
-        """A case for the fastest batch, per image; memory and the share of the matrix rate in the facts."""
+    def attack(self) -> list[dict[str, Any]]:
+        """Cases for the fastest batch, per image; memory and the share of the matrix rate in the facts."""
         meter, size = self.meter, self.size
         fastest, best, peaks = 0, float("inf"), {}
         for count in size.batches:
@@ -173,7 +175,24 @@ class Bench:
         }
         same = agree >= SAME_DIRECTION.get(self.dtype, 0.9)
         each, naive = ([s / n for s in taken] for taken, n in ((ours, fastest), (theirs, size.naive)))
-        return self.row("PGD step, an image", each, "naive loop", naive, same, agree)
+        row = self.row("PGD step, an image", each, "naive loop", naive, same, agree)
+        return [row, self.cached_prefix(fastest)]
+
+    def cached_prefix(self, count: int) -> dict[str, Any]:
+        """What the text before the image costs a step that reads it from a cache, against one that does not."""
+        self.facts["prefix"] = self.vlm.prefix.reason
+        whole = copy.copy(self.vlm)
+        whole.prefix = Prefix.off("to compare with")
+        steps = [self.step(self.pursuit(vlm, count)) for vlm in (self.vlm, whole)]
+        taken: list[list[float]] = [[], []]
+        with frozen(self.vlm):
+            for _ in range(2 * self.size.rounds + 1):  # in turns, for they differ by a few per cent
+                for seconds, step in zip(taken, steps, strict=True):
+                    seconds += self.meter.seconds(step)
+            agree = cosine(*(step() for step in steps))
+        same = agree >= SAME_DIRECTION.get(self.dtype, 0.9)
+        ours, theirs = ([s / count for s in seconds[1:]] for seconds in taken)
+        return self.row("PGD step, prefix cached", ours, "whole prompt", theirs, same, agree)
 
     # -- the deployed path -----------------------------------------------------------------------------------------
 
@@ -257,7 +276,7 @@ def gigabytes(size: int) -> float:
 
 def measure(shape: Shape, size: Size, meter: Meter, dtype: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     bench = Bench(shape, size, meter, dtype)
-    cases = [bench.attack(), *bench.deployed()]
+    cases = [*bench.attack(), *bench.deployed()]
     return cases, bench.facts
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.cache_utils import DynamicCache
 
 from safemed_bench.models import load_model
+from safemed_bench.models.generation import generate
 from safemed_bench.training import logprobs
 from safemed_bench.training.logprobs import token_logprobs
 from safemed_bench.training.policy import Policy, evaluating, pad_right
@@ -278,7 +279,7 @@ def test_sampled_log_probabilities_are_the_policy_s(policy, prompts, values, end
 def test_greedy_is_the_deployed_path_s_generation(policy, prompts, pixels, values):
     found = rollouts_of(policy, prompts, values, temperature=0.0)
     batch = SimpleNamespace(inputs=prompts)
-    replies = policy.vlm._generate(batch, policy.vlm.processed(pixels))
+    replies = generate(policy.vlm, batch, policy.vlm.processed(pixels))
     deployed = [reply for reply in replies for _ in range(GROUP)]
     assert list(zip(found.replies(), found.finished.tolist(), strict=True)) == deployed
 

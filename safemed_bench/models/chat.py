@@ -35,6 +35,13 @@ class ChatFormat:
         }
         self.ids = lru_cache(maxsize=4096)(self._ids)
 
+    @property
+    def before_image(self) -> tuple[int, ...]:
+        """Token ids that every prompt with an image begins with, up to the image's own."""
+        at = _find(self._template_ids("probe", image=True), self._expansion[0])
+        one, other = self.ids("probe", image=True)[:at], self.ids("What is shown?", image=True)[:at]
+        return one if one == other else ()
+
     def with_processor(self, user_text: str) -> dict[str, Tensor]:
         """What the real processor gives for one probe image and this text."""
         image = np.zeros((*self.resolution, 3), dtype=np.uint8)

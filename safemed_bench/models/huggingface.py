@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,13 +21,16 @@ from .attention import use_packed_vision_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
 from .chat import ChatFormat
+from .generation import generate
 from .loading import end_ids, load_weights, unwrapped
+from .patches import use_linear_patches
 from .pixels import PixelMap, image_processor_call
+from .prefix import Prefix
 from .processors import load_processor
 from .prompts import PROMPTS, Prompt, get_prompt
+from .recompute import recompute
 from .selfcheck import probe_batch, self_check
-
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+from .sequences import INPUTS, behind, join, pad_left
 
 
 class HuggingFaceVLM:
@@ -57,7 +59,8 @@ class HuggingFaceVLM:
         self._fork = lru_cache(maxsize=4096)(partial(fork, self.encode))
         self.end_ids = end_ids(model, self.tokenizer)
         use_packed_vision_attention(model)
-        _use_linear_patches(model)
+        use_linear_patches(model)
+        self.prefix = Prefix.off("not asked for")
 
     @classmethod
     def load(
@@ -70,7 +73,15 @@ class HuggingFaceVLM:
         model = load_weights(card, device, dtype)
         vlm = cls(model, load_processor(card.path), card, resolution, device=device)
         self_check(vlm, probe_batch(vlm))
+        vlm.prefix = Prefix.of(vlm)
         return vlm
+
+    def save_memory(self) -> bool:
+        """Compute activations twice instead of holding them, from now on; False where that is so already, or no help.
+
+        Loss and gradient stay what they are; a step with a gradient takes about one forward pass more.
+        """
+        return recompute(self.model)
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +110,9 @@ class HuggingFaceVLM:
     def compose(self, texts: Sequence[str], *, image: bool = True) -> dict[str, Tensor]:
         """User texts to left-padded `input_ids`, `attention_mask` (B, L) and `position_ids` on the model's device."""
         rows = [self.chat.ids(text, image=image) for text in texts]
-        ids, mask = _pad_left(rows, self.pad_id)
+        if image and not all(self.prefix.begins(row) for row in rows):
+            self.prefix = Prefix.off("prompts begin in different ways")
+        ids, mask = pad_left(rows, self.pad_id)
         positions = self._positions(ids, mask, image)
         return {k: v.to(self.device) for k, v in zip(INPUTS, (ids, mask, positions), strict=True)}
 
@@ -121,12 +134,17 @@ class HuggingFaceVLM:
         return self.end_ids[0]
 
     @property
+    def rotary(self) -> bool:
+        """Whether positions are (B, 3, L), for multimodal rotary embeddings."""
+        return self._mrope is not None
+
+    @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
     def _positions(self, ids: Tensor, mask: Tensor, image: bool) -> Tensor:
         """(B, 3, L) for multimodal rotary embeddings, else (B, L); padding gets 0 or 1, which attention ignores."""
-        if self._mrope is None:
+        if not self.rotary:
             return (mask.cumsum(-1) - 1).clamp(min=0)
         extras = self.pixel_map.extras(len(ids)) if image else {}
         kinds = self.chat.token_types(ids)
@@ -140,33 +158,7 @@ class HuggingFaceVLM:
 
     def _join(self, inputs: dict[str, Tensor], text: Sequence[Text]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Prompt and continuation flush right: model inputs, continuation ids and mask (B, T), T >= 1 columns."""
-        rows = [self.encode(t) if isinstance(t, str) else tuple(t) for t in text]
-        width = max(1, max(map(len, rows)))
-        tail = torch.full((len(rows), width), self.pad_id)
-        tail_mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            tail[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-            tail_mask[i, width - len(row) :] = 1
-        tail, tail_mask = tail.to(self.device), tail_mask.to(self.device)
-        prompt, mask, positions = (inputs[k] for k in INPUTS)
-        # Shift each prompt right over the columns that its shorter continuation leaves free.
-        shift = width - tail_mask.sum(1, keepdim=True)
-        column = torch.arange(prompt.shape[1] + width, device=self.device)[None] - shift
-        inside = (column >= 0) & (column < prompt.shape[1])
-        source = column.clamp(0, prompt.shape[1] - 1)
-        ids = torch.where(inside, prompt.gather(1, source), self.pad_id)
-        ids[:, -width:] = torch.where(tail_mask.bool(), tail, ids[:, -width:])
-        joined_mask = torch.where(inside, mask.gather(1, source), 0)
-        joined_mask[:, -width:] = joined_mask[:, -width:].where(~tail_mask.bool(), 1)
-        return (
-            {
-                "input_ids": ids,
-                "attention_mask": joined_mask,
-                "position_ids": _extend(positions, source, column, prompt.shape[1]),
-            },
-            tail,
-            tail_mask,
-        )
+        return join(inputs, [self.encode(t) if isinstance(t, str) else tuple(t) for t in text], self.pad_id)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -190,8 +182,12 @@ class HuggingFaceVLM:
 
     def _logits(self, inputs: dict[str, Tensor], pixel_values: Tensor | None, keep: int) -> Tensor:
         """(B, keep, V) logits at the last `keep` columns."""
-        arguments = self.arguments(inputs, pixel_values, keep)
-        return self.model(**arguments, use_cache=False).logits[:, -keep:].float()
+        cache = self.prefix.cache() if pixel_values is not None else None
+        known: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            inputs = behind(inputs, self.prefix.length)
+            known = {"use_cache": True, "past_key_values": cache}
+        return self.model(**self.arguments(inputs, pixel_values, keep), **known).logits[:, -keep:].float()
 
     def _score(self, batch: Batch, pixel_values: Tensor | None, text: Sequence[Text], candidates: Tensor) -> Tensor:
         inputs, _, _ = self._join(batch.inputs, text)
@@ -255,7 +251,7 @@ class HuggingFaceVLM:
     def answer(self, batch: Batch, pixels: Tensor, *, generator: torch.Generator | None = None) -> list[Answer]:
         """8-bit image, the model's own processor, greedy decoding, strict extraction; `generator` is not used."""
         processed = self.processed(pixels)
-        replies = self._generate(batch, processed)
+        replies = generate(self, batch, processed)
         extracted = [
             extract(self.decode_text(reply), self.prompt, len(q.options), finished=done)
             for (reply, done), q in zip(replies, batch.questions, strict=True)
@@ -287,7 +283,7 @@ class HuggingFaceVLM:
             return [int(row[: len(q.options)].argmax()) for row, q in zip(scores, batch.questions, strict=True)]
         return [
             extract(self.decode_text(reply), self.prompt, len(q.options), finished=done)[0]
-            for (reply, done), q in zip(self._generate(batch, processed), batch.questions, strict=True)
+            for (reply, done), q in zip(generate(self, batch, processed), batch.questions, strict=True)
         ]
 
     def processed(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -300,36 +296,6 @@ class HuggingFaceVLM:
         found = split_at_letter(self.decode_text(reply)) if self.reasons else None
         return found or (self.answer_prefix(), self.prompt.closing)
 
-    def _generate(self, batch: Batch, processed: dict[str, Tensor]) -> list[tuple[tuple[int, ...], bool]]:
-        """Greedy continuation of each prompt without its end token, and whether it ended by itself."""
-        ids = batch.inputs["input_ids"]
-        arguments: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": batch.inputs["attention_mask"],
-            **self.chat.token_types(ids),
-        }
-        if self.prompt.image:
-            dtype = next(self.model.parameters()).dtype
-            arguments |= {k: v.to(dtype) if k == "pixel_values" else v for k, v in processed.items()}
-        out = self.model.generate(  # type: ignore[operator]
-            **arguments,
-            max_new_tokens=self.card.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=self.pad_id,
-            eos_token_id=list(self.end_ids),
-        )
-        replies = []
-        for row in out[:, ids.shape[1] :].tolist():
-            end = next((i for i, token in enumerate(row) if token in self.end_ids), None)
-            replies.append((tuple(row if end is None else row[:end]), end is not None))
-        return replies
-
     @torch.no_grad()
     def completed(self, batch: Batch, pixels: Tensor, texts: Sequence[tuple[int, ...]]) -> list[int | None]:
         """(B,) what the deployed path answers where its reply begins with `texts`, None where nothing is read."""
@@ -337,7 +303,7 @@ class HuggingFaceVLM:
         return [
             extract(self.decode_text((*text, *rest)), self.prompt, len(q.options), finished=done)[0]
             for text, (rest, done), q in zip(
-                texts, self._generate(begun, self.processed(pixels)), batch.questions, strict=True
+                texts, generate(self, begun, self.processed(pixels)), batch.questions, strict=True
             )
         ]
 
@@ -359,41 +325,3 @@ class HuggingFaceVLM:
     def self_check(self, batch: Batch) -> dict[str, Any]:
         """Pixel map = processor, gradient = finite difference, single = batched (selfcheck.py)."""
         return self_check(self, batch)
-
-
-def _use_linear_patches(model: nn.Module) -> None:
-    """Convolutions over non-overlapping 3-d patches become one matrix product: same weights, faster on a CPU.
-
-    Only the forward changes, so that checkpoints stay as they are. (`fusion_config` of transformers 5.23 replaces
-    classes for the whole process, and leaves the patch weights of Qwen2-VL at random.)
-    """
-    for module in model.modules():
-        conv = getattr(module, "proj", None)
-        if not isinstance(conv, nn.Conv3d) or conv.groups != 1 or any(conv.padding):
-            continue
-        if conv.stride == conv.kernel_size:
-            module.forward = MethodType(_linear_patches, module)
-
-
-def _linear_patches(module: Any, patches: Tensor) -> Tensor:
-    """(n, C * T * P * P) flattened patches -> (n, D)."""
-    weight = module.proj.weight.flatten(1)
-    return nn.functional.linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, module.proj.bias)
-
-
-def _pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows])
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    return ids, mask
-
-
-def _extend(positions: Tensor, source: Tensor, column: Tensor, length: int) -> Tensor:
-    """Position ids of the joined sequence: the prompt's own, then counting on from its largest."""
-    many = positions.ndim == 3
-    rows = positions if many else positions[:, None]
-    index = source[:, None].expand(-1, rows.shape[1], -1)
-    last = rows.amax((1, 2))[:, None, None]
-    after = last + (column - length + 1)[:, None]
-    out = torch.where((column >= length)[:, None], after, rows.gather(2, index))
-    return out if many else out[:, 0]

@@ -1,0 +1,46 @@
+"""Greedy decoding of the deployed path."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .base import Batch
+
+if TYPE_CHECKING:
+    from .huggingface import HuggingFaceVLM
+
+Reply = tuple[tuple[int, ...], bool]
+"""Token ids without the end token, and whether the reply ended by itself and not by the limit."""
+
+
+def generate(vlm: HuggingFaceVLM, batch: Batch, processed: dict[str, Tensor]) -> list[Reply]:
+    """Greedy continuation of each prompt; `processed` is what the image processor gives for the batch's images."""
+    ids = batch.inputs["input_ids"]
+    arguments: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": batch.inputs["attention_mask"],
+        **vlm.chat.token_types(ids),
+    }
+    if vlm.prompt.image:
+        dtype = next(vlm.model.parameters()).dtype
+        arguments |= {k: v.to(dtype) if k == "pixel_values" else v for k, v in processed.items()}
+    out = vlm.model.generate(  # type: ignore[operator]
+        **arguments,
+        max_new_tokens=vlm.card.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=vlm.pad_id,
+        eos_token_id=list(vlm.end_ids),
+    )
+    replies = []
+    for row in out[:, ids.shape[1] :].tolist():
+        end = next((i for i, token in enumerate(row) if token in vlm.end_ids), None)
+        replies.append((tuple(row if end is None else row[:end]), end is not None))
+    return replies

@@ -1,0 +1,217 @@
+"""Work that is not done for a large model: with and without each shortcut the same scores, gradients and verdicts."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from families import NATIVE, build
+from test_families import STEMS, questions
+from torch.profiler import ProfilerActivity, profile
+
+from safemed_bench.attacks import build_strike
+from safemed_bench.attacks.base import frozen
+from safemed_bench.core.types import ThreatModel
+from safemed_bench.models import load_model
+from safemed_bench.models.prefix import Prefix
+from safemed_bench.models.recompute import recompute
+from safemed_bench.training.policy import Policy
+
+CACHED = ("qwen2_5_vl", "qwen3_vl", "llava")
+TEXTS = ["a", "a much longer reply, with several tokens", ""]
+
+
+def load(family, folder, **more):
+    options = {"revision": None, "prompt": None, "decode": None, "max_new_tokens": 6, "dtype": None, "adapter": None}
+    spec = SimpleNamespace(**({"name": family, "path": str(folder)} | options | more))
+    return load_model(spec, NATIVE[family], device="cpu")
+
+
+@pytest.fixture(scope="module", params=CACHED)
+def plain(request, tmp_path_factory):
+    """A tiny model of the family; too small for any shortcut that is chosen by size."""
+    return load(request.param, build(request.param, tmp_path_factory.mktemp(request.param)))
+
+
+def with_prefix(vlm):
+    cached = copy.copy(vlm)
+    cached.prefix = Prefix.of(vlm, worth=0)
+    assert cached.prefix.length > 0, cached.prefix.reason
+    return cached
+
+
+def batch_for(vlm):
+    side = vlm.resolution[0]
+    canvas = np.random.default_rng(5).integers(0, 256, (len(STEMS), 3, side, side), dtype=np.uint8)
+    return vlm.prepare(questions(), torch.from_numpy(canvas))
+
+
+def token_loss(vlm, batch, pixels):
+    return -vlm.token_loss(batch, pixels, TEXTS)
+
+
+def next_token(vlm, batch, pixels):
+    return vlm.next_token_logits(batch, pixels, TEXTS, torch.tensor([[40, 41]] * len(batch)))
+
+
+def options(vlm, batch, pixels):
+    scores = vlm.option_logits(batch, pixels)
+    return scores[scores.isfinite()]
+
+
+# -- the text before the image ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [options, token_loss, next_token])
+def test_cached_prefix_gives_the_whole_prompts_scores_and_gradients(plain, read):
+    """On prompts and continuations of different lengths, so that rows are padded before the prefix."""
+    cached, found = with_prefix(plain), []
+    for vlm in (cached, plain):
+        batch = batch_for(vlm)
+        assert not batch.inputs["attention_mask"].all()
+        pixels = batch.pixels.requires_grad_()
+        scores = read(vlm, batch, pixels)
+        (slope,) = torch.autograd.grad(scores.sum(), pixels)
+        found.append((scores.detach(), slope))
+    (ours, steep), (theirs, steep_too) = found
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert (steep - steep_too).norm() <= 1e-5 * steep_too.norm()
+
+
+def test_cached_prefix_gives_the_same_verdicts(plain):
+    """A whole attack, its clean answers and its judge."""
+    found = []
+    for vlm in (with_prefix(plain), plain):
+        batch = batch_for(vlm)
+        clean = vlm.answer(batch, batch.pixels)
+        asked = [SimpleNamespace(**(vars_of(q) | {"answer": a.index})) for q, a in zip(questions(), clean, strict=True)]
+        batch = type(batch)(tuple(asked), batch.canvas, batch.inputs)
+        result = build_strike("pgd", "answer", {"steps": 4})(
+            vlm,
+            batch,
+            ThreatModel("linf", 8 / 255),
+            generators=[torch.Generator().manual_seed(i) for i in range(len(batch))],
+            clean_answers=clean,
+        )
+        found.append(([a.index for a in clean], result.success.tolist(), [a.index for a in result.answers]))
+    assert found[0] == found[1]
+
+
+def vars_of(question):
+    return {name: getattr(question, name) for name in question.__slots__}
+
+
+def test_prefix_is_computed_once_and_not_again_until_the_weights_change(plain):
+    cached = with_prefix(plain)
+    batch, seen = batch_for(cached), []
+    embedding = cached.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, ids, out: seen.append(tuple(out.shape[:2])))
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                cached.option_logits(batch, batch.pixels)
+            width = batch.inputs["input_ids"].shape[1] + len(cached.encode(cached.answer_prefix()))
+            assert [rows for rows, _ in seen].count(1) == 0, "held since the start-up check"
+            assert all(columns <= width - cached.prefix.length for _, columns in seen)
+            embedding.weight.mul_(1.01)
+            changed = cached.option_logits(batch, batch.pixels)
+            assert (1, cached.prefix.length) in seen
+            assert torch.allclose(changed, plain.option_logits(batch, batch.pixels), atol=1e-5)
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            embedding.weight.div_(1.01)
+
+
+def test_weights_that_are_trained_get_the_gradient_of_the_whole_prompt(plain):
+    """A prefix without gradient would lose the part that comes through it."""
+    cached, found = with_prefix(plain), []
+    weight = plain.model.get_input_embeddings().weight
+    for vlm in (cached, plain):
+        batch = batch_for(vlm)
+        weight.requires_grad_(True)
+        try:
+            (slope,) = torch.autograd.grad(token_loss(vlm, batch, batch.pixels).sum(), weight)
+        finally:
+            weight.requires_grad_(False)
+        found.append(slope)
+        with frozen(vlm):
+            assert (vlm.prefix.cache() is not None) == (vlm is cached)
+    assert torch.equal(*found)
+
+
+def test_a_family_that_looks_both_ways_takes_the_plain_path(tmp_path):
+    vlm = load("gemma3", build("gemma3", tmp_path))
+    assert Prefix.of(vlm, worth=0).length == 0 and "bidirectional" in Prefix.of(vlm, worth=0).reason
+    assert Prefix.of(vlm, worth=0).cache() is None
+
+
+def test_prefix_is_cached_where_it_is_worth_it(plain):
+    """The shipped entries keep the very numbers that they had."""
+    assert plain.prefix.length == 0 and "not worth it" in plain.prefix.reason
+    work = 2 * len(plain.chat.before_image) * sum(p.numel() for p in plain.model.parameters())
+    assert Prefix.of(plain, worth=work).length and not Prefix.of(plain, worth=work + 1).length
+    shipped = load_model(SimpleNamespace(name="instruct", path=None, **dict.fromkeys(
+        ("revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter"))), 64, device="cpu")  # fmt: skip
+    assert shipped.prefix.length == 0
+
+
+def test_blind_prompts_have_no_prefix(plain):
+    blind = copy.copy(plain)
+    blind.prompt = SimpleNamespace(image=False)
+    assert Prefix.of(blind, worth=0).reason.endswith("no text before an image")
+
+
+# -- activations computed twice ---------------------------------------------------------------------------------------
+
+
+def held_bytes(vlm, batch):
+    """What a forward pass leaves allocated for its backward pass; scores, gradient."""
+    pixels = batch.pixels.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        scores = vlm.token_loss(batch, pixels, ["a longer reply, with several tokens"] * len(batch))
+    held = sum(event.self_cpu_memory_usage for event in seen.key_averages())
+    (slope,) = torch.autograd.grad(scores.sum(), pixels)
+    return held, scores.detach(), slope
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_recomputing_holds_less_and_changes_nothing(plain, cached):
+    """In evaluation mode, where transformers' own switch does nothing; with and without the prefix's cache, which a
+    second pass must not extend."""
+    vlm = with_prefix(plain) if cached else plain
+    batch = batch_for(vlm)
+    assert not vlm.model.training
+    before, scores, slope = held_bytes(vlm, batch)
+    vlm.model.gradient_checkpointing_enable()
+    try:
+        assert held_bytes(vlm, batch)[0] >= 0.95 * before, "transformers' switch acts by itself: ours can go"
+    finally:
+        vlm.model.gradient_checkpointing_disable()
+    assert vlm.save_memory() and not vlm.save_memory(), "it changes something once"
+    try:
+        after, same_scores, same_slope = held_bytes(vlm, batch)
+        assert after < 0.5 * before
+        assert torch.equal(same_scores, scores) and torch.equal(same_slope, slope)
+        batch_answers = vlm.answer(batch, batch.pixels)
+    finally:
+        assert recompute(vlm.model, on=False)
+    assert held_bytes(vlm, batch)[0] >= 0.95 * before
+    assert [a.tokens for a in batch_answers] == [a.tokens for a in vlm.answer(batch, batch.pixels)]
+
+
+def test_recomputing_leaves_a_growing_cache_alone(plain):
+    """The trainer's prompt cache is extended by every layer that runs: none may run twice."""
+    policy, batch = Policy(plain), batch_for(plain)
+    tokens = torch.randint(60, 90, (2 * len(batch), 4), generator=torch.Generator().manual_seed(0))
+    found = []
+    for on in (True, False):
+        recompute(plain.model, on=on)
+        pixels = batch.pixels.requires_grad_()
+        with frozen(plain):
+            out = policy(batch.inputs, plain.pixel_values(pixels), tokens, torch.ones_like(tokens), 2)
+            found.append((out.logps.detach(), torch.autograd.grad(out.logps.sum(), pixels)[0]))
+    assert policy.cached and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
