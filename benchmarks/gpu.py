@@ -44,6 +44,7 @@ from safemed_bench.attacks.pursuit import Pursuit
 from safemed_bench.core.types import Question, ThreatModel
 from safemed_bench.models.base import Batch
 from safemed_bench.models.prefix import Prefix
+from safemed_bench.models.recompute import recompute
 from safemed_bench.models.smoothed import labels
 from safemed_bench.run.batching import is_out_of_memory
 
@@ -176,23 +177,43 @@ class Bench:
         same = agree >= SAME_DIRECTION.get(self.dtype, 0.9)
         each, naive = ([s / n for s in taken] for taken, n in ((ours, fastest), (theirs, size.naive)))
         row = self.row("PGD step, an image", each, "naive loop", naive, same, agree)
-        return [row, self.cached_prefix(fastest)]
+        return [row, self.cached_prefix(fastest), self.computed_twice(fastest)]
 
     def cached_prefix(self, count: int) -> dict[str, Any]:
         """What the text before the image costs a step that reads it from a cache, against one that does not."""
         self.facts["prefix"] = self.vlm.prefix.reason
         whole = copy.copy(self.vlm)
         whole.prefix = Prefix.off("to compare with")
-        steps = [self.step(self.pursuit(vlm, count)) for vlm in (self.vlm, whole)]
+        ours, theirs = (self.step(self.pursuit(vlm, count)) for vlm in (self.vlm, whole))
+        return self.in_turns("PGD step, prefix cached", ours, "whole prompt", theirs, count)
+
+    def computed_twice(self, count: int) -> dict[str, Any]:
+        """What it costs and spares to compute activations again in the backward pass."""
+        step = self.step(self.pursuit(self.vlm, count))
+
+        def again() -> Tensor:
+            recompute(self.vlm.model)
+            try:
+                return step()
+            finally:
+                recompute(self.vlm.model, on=False)
+
+        with frozen(self.vlm):
+            self.facts["recomputed_peak_gb"] = {str(count): gigabytes(self.meter.peak(again))}
+        return self.in_turns("PGD step, computed twice", again, "activations held", step, count)
+
+    def in_turns(
+        self, name: str, ours: Callable[[], Tensor], peer: str, theirs: Callable[[], Tensor], count: int
+    ) -> dict[str, Any]:
+        """Two ways to take a step that differ by little: by turns, so that whatever else goes on falls on both."""
         taken: list[list[float]] = [[], []]
         with frozen(self.vlm):
-            for _ in range(2 * self.size.rounds + 1):  # in turns, for they differ by a few per cent
-                for seconds, step in zip(taken, steps, strict=True):
+            for _ in range(2 * self.size.rounds + 1):
+                for seconds, step in zip(taken, (ours, theirs), strict=True):
                     seconds += self.meter.seconds(step)
-            agree = cosine(*(step() for step in steps))
-        same = agree >= SAME_DIRECTION.get(self.dtype, 0.9)
-        ours, theirs = ([s / count for s in seconds[1:]] for seconds in taken)
-        return self.row("PGD step, prefix cached", ours, "whole prompt", theirs, same, agree)
+            agree = cosine(ours(), theirs())
+        each, other = ([s / count for s in seconds[1:]] for seconds in taken)
+        return self.row(name, each, peer, other, agree >= SAME_DIRECTION.get(self.dtype, 0.9), agree)
 
     # -- the deployed path -----------------------------------------------------------------------------------------
 

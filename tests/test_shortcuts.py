@@ -16,9 +16,13 @@ from safemed_bench.attacks import build_strike
 from safemed_bench.attacks.base import frozen
 from safemed_bench.core.types import ThreatModel
 from safemed_bench.models import load_model
+from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.recompute import recompute
+from safemed_bench.run.batching import BatchSizer
+from safemed_bench.training.checkpoint import with_lora
 from safemed_bench.training.policy import Policy
+from safemed_bench.training.settings import LoraSettings
 
 CACHED = ("qwen2_5_vl", "qwen3_vl", "llava")
 TEXTS = ["a", "a much longer reply, with several tokens", ""]
@@ -215,3 +219,58 @@ def test_recomputing_leaves_a_growing_cache_alone(plain):
             out = policy(batch.inputs, plain.pixel_values(pixels), tokens, torch.ones_like(tokens), 2)
             found.append((out.logps.detach(), torch.autograd.grad(out.logps.sum(), pixels)[0]))
     assert policy.cached and torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+# -- the LM head ------------------------------------------------------------------------------------------------------
+
+
+def adapted(vlm):
+    """With a LoRA adapter, whose wrapper hides the arguments of the model's own forward."""
+    pytest.importorskip("peft")
+    model = with_lora(copy.deepcopy(vlm.model), LoraSettings(rank=2))
+    model.eval().requires_grad_(False)
+    return HuggingFaceVLM(model, vlm.processor, vlm.card, vlm.resolution)
+
+
+@pytest.mark.parametrize("wrap", [lambda vlm: vlm, adapted], ids=["bare", "peft"])
+def test_the_head_sees_answer_positions_only(plain, wrap):
+    """How many positions the LM head really multiplied, for each way of reading the model."""
+    vlm, columns = wrap(plain), []
+    batch = batch_for(vlm)
+    width = max(len(vlm.encode(text)) for text in TEXTS)
+    head = vlm.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, out: columns.append(inputs[0].shape[1]))
+    try:
+        with torch.no_grad():
+            options(vlm, batch, batch.pixels)
+            next_token(vlm, batch, batch.pixels)
+            token_loss(vlm, batch, batch.pixels)
+    finally:
+        hook.remove()
+    assert columns == [1, 1, width + 1]
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_where_one_question_does_not_fit_activations_are_computed_twice(plain):
+    """The sizer on real work with a real limit: what a forward pass holds, of one question less than the limit only
+    where it is computed twice."""
+    batch, said, slopes = batch_for(plain), [], {}
+    alone = max(held_bytes(plain, batch.select([i]))[0] for i in range(len(batch)))
+
+    def work(rows):
+        held, _, slope = held_bytes(plain, batch.select(rows))
+        if held > 0.6 * alone:
+            raise torch.OutOfMemoryError(f"{held} bytes")
+        slopes.update(zip(rows, slope, strict=True))
+
+    sizer = BatchSizer(None, say=said.append, probe=2, relieve=plain.save_memory)
+    try:
+        sizer.map("pgd", range(len(batch)), work)
+    finally:
+        recompute(plain.model, on=False)
+    assert sorted(slopes) == list(range(len(batch))) and any("computed twice" in line for line in said)
+    whole = held_bytes(plain, batch)[2]
+    for row, slope in slopes.items():
+        assert (slope - whole[row]).norm() <= 1e-4 * whole[row].norm()

@@ -84,6 +84,11 @@ class Smoothed:
     ) -> Tensor:
         return self.base.token_loss(batch, pixels, text, weights)
 
+    def save_memory(self) -> bool:
+        """The entry's own, False where it has none."""
+        relieve = getattr(self.base, "save_memory", None)
+        return bool(relieve and relieve())
+
     def self_check(self, batch: Batch) -> dict[str, Any]:
         return self.base.self_check(batch)
 

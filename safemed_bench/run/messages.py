@@ -14,7 +14,7 @@ class Settings:
     """What is the same for every job of a run.
 
     resolution: side of the square canvas in pixels, where the entry names no other. batch_size: questions per batch to
-    begin with, None = the chunk. seed: of the suite; a unit has its own.
+    begin with, None = the chunk, or what fits on a GPU. seed: of the suite; a unit has its own.
     """
 
     folder: Path

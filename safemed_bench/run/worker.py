@@ -26,6 +26,9 @@ from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready, Settin
 
 LOG = "workers.log"
 
+FIRST_BATCH = 8
+"""Questions in the first batch on a GPU, whose memory is then found out by doubling (batching.py)."""
+
 
 def main(pipe: Connection, settings: Settings, device: str) -> None:
     """Body of a worker process; returns when the parent closes the pipe."""
@@ -142,7 +145,13 @@ class Worker:
         self._forget()
         side = job.model.resolution or self.settings.resolution
         model = load_model(job.model, side, device=self.device, dtype=self.settings.dtype)
-        sizer = BatchSizer(self.settings.batch_size, self._forget, lambda text: self.tell(Note(text)))
+        sizer = BatchSizer(
+            self.settings.batch_size,
+            self._forget,
+            lambda text: self.tell(Note(text)),
+            probe=FIRST_BATCH if self.device.startswith("cuda") and self.settings.batch_size is None else None,
+            relieve=getattr(model, "save_memory", lambda: False),
+        )
         if job.model.smooth is not None:
             model.in_batches = sizer.map  # type: ignore[attr-defined]
         self._held = (job.model, Bench(model, self.settings, sizer))
