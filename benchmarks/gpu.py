@@ -21,9 +21,10 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,8 +35,10 @@ import numpy as np
 import reporting
 import torch
 from meter import Meter, flops
+from PIL import Image
 from published import MINIATURES, SHAPES, Shape, build
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from safemed_bench.attacks.base import frozen
 from safemed_bench.attacks.objectives import AnswerToken
@@ -43,10 +46,13 @@ from safemed_bench.attacks.pgd import PGD
 from safemed_bench.attacks.pursuit import Pursuit
 from safemed_bench.core.types import Question, ThreatModel
 from safemed_bench.models.base import Batch
+from safemed_bench.models.generation import generate
+from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.recompute import recompute
 from safemed_bench.models.smoothed import labels
 from safemed_bench.run.batching import is_out_of_memory
+from safemed_bench.run.reading import READERS, read_canvases
 
 SIGMA = 0.12
 THREAT = ThreatModel("linf", 4 / 255)
@@ -224,6 +230,7 @@ class Bench:
             self.against_singles(
                 "generation", self.writer(), lambda vlm, b: [a.tokens for a in vlm.answer(b, b.pixels)]
             ),
+            self.static_cache(),
             self.certification(),
         ]
 
@@ -245,6 +252,60 @@ class Bench:
         self.note(name, ours, count, peak)
         each, single = [s / count for s in ours], [s / few for s in theirs]
         return self.row(f"{name}, an image", each, "one at a time", single, agree == 1, agree)
+
+    def static_cache(self) -> dict[str, Any]:
+        """Generation with a cache of its final size, against one that grows by a copy with every token."""
+        count, vlm = self.size.questions, self.writer()
+        batch = self.batch(vlm, count)
+        processed = vlm.processed(batch.pixels)
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(self.size.rounds + 1):
+            for static, seconds in taken.items():
+                seconds += self.meter.seconds(lambda s=static: generate(vlm, batch, processed, static=s))
+        fixed, grown = (generate(vlm, batch, processed, static=static) for static in taken)
+        agree = sum(a == b for a, b in zip(fixed, grown, strict=True)) / count
+        each, other = ([s / count for s in seconds[1:]] for seconds in taken.values())
+        self.facts["tokens_per_second"] = round(per_second(taken[True][1:], count) * self.size.tokens, 1)
+        return self.row("generation, static cache", each, "growing cache", other, agree == 1, agree)
+
+    def reading(self) -> dict[str, Any]:
+        """PNG files of the canvas's size by threads, against one after the other."""
+        count = self.size.questions
+        with tempfile.TemporaryDirectory() as folder:
+            asked = [replace(q, image=f"{folder}/{q.id}.png") for q in self.questions[:count]]
+            for question, canvas in zip(asked, self.canvas, strict=False):
+                Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(question.image)
+
+            def read(readers: int) -> dict[int, Any]:
+                return read_canvases(asked, self.shape.side, "pad", readers)[0]
+
+            ours = self.meter.seconds(lambda: read(READERS), self.size.rounds, warm=1)
+            theirs = self.meter.seconds(lambda: read(1), self.size.rounds, warm=1)
+            pairs = zip(read(READERS).values(), read(1).values(), strict=True)
+            same = all(np.array_equal(a, b) for a, b in pairs)
+        each, other = ([s / count for s in taken] for taken in (ours, theirs))
+        return self.row("reading an image", each, "one thread", other, same, float(same))
+
+    def compiled(self) -> dict[str, Any]:
+        """The text layers through torch.compile: last of all, for it stays with the model. The facts tell how long it
+        takes, and after how many steps it has paid for itself, if ever."""
+        count = self.facts["pgd_batch"]
+        step = self.step(self.pursuit(self.vlm, count))
+        with frozen(self.vlm):
+            eager = self.meter.seconds(step, self.size.rounds, warm=1)
+            before = step()
+            for layer in self.vlm.model.get_decoder().modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.compile()
+            (first,) = self.meter.seconds(step)
+            ours = self.meter.seconds(step, self.size.rounds, warm=1)
+            agree = cosine(step(), before)
+        spared = float(np.median(eager) - np.median(ours))
+        self.facts["compile_seconds"] = round(first, 2)
+        self.facts["compile_pays_after_steps"] = round(first / spared) if spared > 0 else "never"
+        each, other = ([s / count for s in taken] for taken in (ours, eager))
+        same = agree >= SAME_DIRECTION.get(self.dtype, 0.9)
+        return self.row("PGD step, compiled", each, "eager", other, same, agree)
 
     def certification(self) -> dict[str, Any]:
         """Labels of noisy copies of one question, without the texts and scores that a certificate has no use for."""
@@ -275,10 +336,6 @@ class Bench:
 
 def build_on(vlm: Any, tokens: int) -> Any:
     """Another reading of the same model: `think`, `tokens` long."""
-    from dataclasses import replace
-
-    from safemed_bench.models.huggingface import HuggingFaceVLM
-
     card = replace(vlm.card, prompt="think", decode="generate", max_new_tokens=tokens, reasons=True)
     return HuggingFaceVLM(vlm.model, vlm.processor, card, vlm.resolution, device=vlm.device)
 
@@ -295,10 +352,12 @@ def gigabytes(size: int) -> float:
     return round(size / 1e9, 3)
 
 
-def measure(shape: Shape, size: Size, meter: Meter, dtype: torch.dtype) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(
+    shape: Shape, size: Size, meter: Meter, dtype: torch.dtype, compiled: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     bench = Bench(shape, size, meter, dtype)
-    cases = [*bench.attack(), *bench.deployed()]
-    return cases, bench.facts
+    cases = [*bench.attack(), *bench.deployed(), bench.reading()]
+    return [*cases, *([bench.compiled()] if compiled else [])], bench.facts
 
 
 def main() -> None:
@@ -307,6 +366,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="miniatures of both families, on the CPU: seconds")
     parser.add_argument("--device", help="default the first GPU, else the CPU, which takes miniatures only")
     parser.add_argument("--no-training", action="store_true", help="leave the AT-GRPO step out")
+    parser.add_argument("--compile", action="store_true", help="also a PGD step through torch.compile; minutes")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
     parser.add_argument("--cpu-time", action="store_true", help="processor seconds, for a machine that is not idle")
     given = parser.parse_args()
@@ -322,7 +382,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in given.model or SHAPES:
-            found, facts = measure(shapes[name], size, meter, dtype)
+            found, facts = measure(shapes[name], size, meter, dtype, given.compile)
             cases += found
             details.append(facts)
             gc.collect()

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from families import NATIVE, build
+from families import FAMILIES, NATIVE, build
+from PIL import Image
 from test_families import STEMS, questions
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, StaticCache
 
 from safemed_bench.attacks import build_strike
 from safemed_bench.attacks.base import frozen
 from safemed_bench.core.types import ThreatModel
-from safemed_bench.models import load_model
+from safemed_bench.models import attention, load_model
+from safemed_bench.models.generation import cache_options, generate
 from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.recompute import recompute
 from safemed_bench.run.batching import BatchSizer
+from safemed_bench.run.reading import read_canvases
 from safemed_bench.training.checkpoint import with_lora
 from safemed_bench.training.policy import Policy
 from safemed_bench.training.settings import LoraSettings
@@ -28,10 +33,13 @@ CACHED = ("qwen2_5_vl", "qwen3_vl", "llava")
 TEXTS = ["a", "a much longer reply, with several tokens", ""]
 
 
-def load(family, folder, **more):
+def spec(family, folder, **more):
     options = {"revision": None, "prompt": None, "decode": None, "max_new_tokens": 6, "dtype": None, "adapter": None}
-    spec = SimpleNamespace(**({"name": family, "path": str(folder)} | options | more))
-    return load_model(spec, NATIVE[family], device="cpu")
+    return SimpleNamespace(**({"name": family, "path": str(folder)} | options | more))
+
+
+def load(family, folder, **more):
+    return load_model(spec(family, folder, **more), NATIVE[family], device="cpu")
 
 
 @pytest.fixture(scope="module", params=CACHED)
@@ -158,8 +166,7 @@ def test_prefix_is_cached_where_it_is_worth_it(plain):
     assert plain.prefix.length == 0 and "not worth it" in plain.prefix.reason
     work = 2 * len(plain.chat.before_image) * sum(p.numel() for p in plain.model.parameters())
     assert Prefix.of(plain, worth=work).length and not Prefix.of(plain, worth=work + 1).length
-    shipped = load_model(SimpleNamespace(name="instruct", path=None, **dict.fromkeys(
-        ("revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter"))), 64, device="cpu")  # fmt: skip
+    shipped = load_model(SimpleNamespace(**(vars(spec("instruct", "")) | {"path": None})), 64, device="cpu")
     assert shipped.prefix.length == 0
 
 
@@ -274,3 +281,53 @@ def test_where_one_question_does_not_fit_activations_are_computed_twice(plain):
     whole = held_bytes(plain, batch)[2]
     for row, slope in slopes.items():
         assert (slope - whole[row]).norm() <= 1e-4 * whole[row].norm()
+
+
+# -- generation, kernels, transfers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_writes_the_same_replies(family, tmp_path):
+    """Prompts of different lengths, among them one that is padded."""
+    vlm = load(family, build(family, tmp_path), prompt="think", decode="generate", max_new_tokens=12)
+    batch = batch_for(vlm)
+    processed = vlm.processed(batch.pixels)
+    assert cache_options(vlm) == {}, "on a CPU the cache grows"
+    kinds = []
+    decoder = vlm.model.get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda module, given, named: kinds.append(type(named["past_key_values"])), with_kwargs=True
+    )
+    replies = generate(vlm, batch, processed, static=False)
+    assert set(kinds) == {DynamicCache} and generate(vlm, batch, processed, static=True) == replies
+    assert set(kinds) == {DynamicCache, StaticCache}
+    assert any(len(tokens) > 1 for tokens, _ in replies)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch, installed):
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    best = "flash_attention_2" if installed else "sdpa"
+    assert [attention.preferred_attention(gpu, dtype) for dtype in attention.HALF] == [best, best]
+    assert attention.preferred_attention(gpu, torch.float32) == "sdpa"
+    assert attention.preferred_attention(cpu, torch.bfloat16) == "sdpa"
+
+
+def test_the_adapter_says_what_it_runs_on(plain):
+    assert plain.attention == "sdpa" == plain.model.config._attn_implementation
+
+
+def test_images_read_by_threads_are_the_same(tmp_path):
+    """Order, pixels and what is said of the files that cannot be read."""
+    draw, asked = np.random.default_rng(0), []
+    for i in range(12):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(draw.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)).save(path)
+        asked.append(replace(questions()[0], id=str(i), image=str(path)))
+    (tmp_path / "3.png").write_bytes(b"no image")
+    (tmp_path / "7.png").unlink()
+    found, problems = read_canvases(asked, 32, "pad", readers=8)
+    alone, said = read_canvases(asked, 32, "pad")
+    assert list(found) == list(alone) and problems == said and sorted(said) == [3, 7]
+    assert all(np.array_equal(found[i], alone[i]) for i in found)

@@ -1,4 +1,8 @@
-"""Vision attention for images of one size: one batched SDPA instead of one call per image and layer.
+"""Which attention kernels a model runs on.
+
+Text: flash attention where its package is installed and can be used, else PyTorch's scaled dot-product attention.
+
+Vision, for images of one size: one batched SDPA instead of one call per image and layer.
 
 Stock Qwen-VL vision towers pack all images into one sequence. With a flash-attention kernel they pass the packed
 layout through; with SDPA they loop over images in Python. All canvases of a suite have one size, so the packed
@@ -8,13 +12,31 @@ the packed layout; nothing of flash-attention itself is used, and any device wil
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.utils import is_flash_attn_2_available
 
 NAME = "flash_layout_sdpa"
+HALF = (torch.float16, torch.bfloat16)
+
+
+def preferred_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """`flash_attention_2` in half precision on a GPU where the package is installed, else `sdpa`."""
+    flash = device.type == "cuda" and dtype in HALF and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def use_preferred_attention(model: Any, device: torch.device) -> str:
+    """Switch the model to flash attention where that is preferred and its family has it; what it runs on then."""
+    wanted = preferred_attention(device, next(model.parameters()).dtype)
+    if wanted == "flash_attention_2":
+        with suppress(ValueError, ImportError):  # this family has none: it stays with what it was loaded with
+            model.set_attn_implementation(wanted)
+    return str(model.config._attn_implementation)
 
 
 def packed_sdpa(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.types import Answer, Question
+from .transfer import upload
 
 Decode = Literal["logprob", "generate"]
 Text = str | Sequence[int]
@@ -52,7 +53,8 @@ class Batch:
         return self.select(torch.arange(len(self)).repeat_interleave(times))
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, canvas=self.canvas.to(device), inputs={k: v.to(device) for k, v in self.inputs.items()})
+        inputs = {k: upload(v, device) for k, v in self.inputs.items()}
+        return replace(self, canvas=upload(self.canvas, device), inputs=inputs)
 
 
 @runtime_checkable

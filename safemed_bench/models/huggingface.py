@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.types import Answer, Question
 from .answers import extract, fork, split_at_letter
-from .attention import use_packed_vision_attention
+from .attention import use_packed_vision_attention, use_preferred_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
 from .chat import ChatFormat
@@ -31,6 +31,7 @@ from .prompts import PROMPTS, Prompt, get_prompt
 from .recompute import recompute
 from .selfcheck import probe_batch, self_check
 from .sequences import INPUTS, behind, join, pad_left
+from .transfer import upload
 
 
 class HuggingFaceVLM:
@@ -58,6 +59,7 @@ class HuggingFaceVLM:
         self._head_on_slice = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
         self._fork = lru_cache(maxsize=4096)(partial(fork, self.encode))
         self.end_ids = end_ids(model, self.tokenizer)
+        self.attention = use_preferred_attention(unwrapped(model), self.device)
         use_packed_vision_attention(model)
         use_linear_patches(model)
         self.prefix = Prefix.off("not asked for")
@@ -114,7 +116,7 @@ class HuggingFaceVLM:
             self.prefix = Prefix.off("prompts begin in different ways")
         ids, mask = pad_left(rows, self.pad_id)
         positions = self._positions(ids, mask, image)
-        return {k: v.to(self.device) for k, v in zip(INPUTS, (ids, mask, positions), strict=True)}
+        return {k: upload(v, self.device) for k, v in zip(INPUTS, (ids, mask, positions), strict=True)}
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a continuation, without special tokens."""
@@ -289,7 +291,7 @@ class HuggingFaceVLM:
     def processed(self, pixels: Tensor) -> dict[str, Tensor]:
         """What the model's own image processor gives for the pixels rounded to the 8-bit grid."""
         images = (pixels.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return {k: v.to(self.device) for k, v in self._process(list(images)).items()}
+        return {k: upload(v, self.device) for k, v in self._process(list(images)).items()}
 
     def _around_letter(self, reply: Sequence[int]) -> tuple[str, str]:
         """What stands around the letter of a reasoned reply; the plain form where it has none, or needs none."""

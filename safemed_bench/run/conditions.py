@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,13 @@ from ..attacks import build_strike, fitted_on
 from ..attacks.base import AttackResult
 from ..attacks.external import External
 from ..attacks.threat import check, norms, quantize, random_start
-from ..core.errors import DataError
 from ..core.seeds import derive_seed
 from ..core.types import Answer, FitSet, Question, Record, ThreatModel, Unit
-from ..datasets.images import load_canvas
 from ..models.base import Batch, VisionLanguageModel
 from . import artefacts, certificates, corrupted, fitting, probes
 from .batching import BatchSizer
 from .messages import Job, Settings
+from .reading import READERS, read_canvases
 
 BLANK_LEVEL = 128
 """`blank` shows a constant mid-grey image: no data set's black border, no dermoscopy white, just no picture."""
@@ -54,7 +52,8 @@ class Bench:
         """A record for every unit of `job`, in order. A question whose image cannot be read gives an error record."""
         began = time.perf_counter()
         side = job.model.resolution or self.settings.resolution
-        shown, problems = _canvases(job.donors or job.questions, side, self.settings.fit)
+        readers = READERS if self.model.device.type == "cuda" else 1
+        shown, problems = read_canvases(job.donors or job.questions, side, self.settings.fit, readers)
         if job.donors:
             problems |= {i: q.image_error for i, q in enumerate(job.questions) if q.image_error}
         good = [i for i in range(len(job.units)) if i not in problems]
@@ -129,7 +128,7 @@ class Bench:
             side = job.model.resolution or self.settings.resolution
 
             def canvases(part: FitSet) -> np.ndarray[Any, np.dtype[np.uint8]]:
-                return fitting.stacked(*_canvases(part.questions, side, self.settings.fit))
+                return fitting.stacked(*read_canvases(part.questions, side, self.settings.fit))
 
             return fitting.universal(self.model, job, folder, canvases, self.sizer)
         return build_strike(job.attack, job.objective, dict(job.params))
@@ -252,25 +251,6 @@ class Scene:
 def generator(unit: Unit, stream: str) -> torch.Generator:
     """The random stream of one unit for one purpose; on the CPU, so that the device changes no draw."""
     return torch.Generator().manual_seed(derive_seed(unit.seed, stream))
-
-
-def _canvases(
-    questions: Sequence[Question], side: int, fit: str
-) -> tuple[dict[int, np.ndarray[Any, np.dtype[np.uint8]]], dict[int, str]]:
-    """Position -> (3, H, W) uint8 canvas, and position -> why there is none."""
-    found: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
-    problems: dict[int, str] = {}
-    for i, question in enumerate(questions):
-        if question.image_error:
-            problems[i] = question.image_error
-            continue
-        try:
-            canvas = load_canvas(Path(question.image), side, fit)
-        except (DataError, OSError) as error:
-            problems[i] = f"{question.image}: {error}" if question.image not in str(error) else str(error)
-        else:
-            found[i] = np.ascontiguousarray(canvas.transpose(2, 0, 1))
-    return found, problems
 
 
 def _show(scene: Scene) -> np.ndarray[Any, np.dtype[np.uint8]]:

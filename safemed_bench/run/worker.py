@@ -51,7 +51,7 @@ def start(settings: Settings, device: str) -> Ready | Fatal:
     """Make this process a worker's: its output to the log, one thread on a CPU core, the plugins of the run."""
     try:
         _log_to(settings)
-        hardware = _prepare(device)
+        hardware = _prepare(device, settings.dtype)
         for plugin in settings.plugins:
             load_plugin_file(plugin)
     except Exception as error:
@@ -78,8 +78,8 @@ def _log_to(settings: Settings) -> None:
     faulthandler.enable()
 
 
-def _prepare(device: str) -> dict[str, Any]:
-    """One thread on a CPU core of its own; what the worker runs on."""
+def _prepare(device: str, dtype: str) -> dict[str, Any]:
+    """One thread on a CPU core of its own; what the worker runs on. `attention` is of entries of the run's dtype."""
     if device == "cpu":
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -89,8 +89,13 @@ def _prepare(device: str) -> dict[str, Any]:
     if device == "cpu":
         torch.set_num_threads(1)
     elif device.startswith("cuda"):
+        from ..models.attention import preferred_attention
+        from ..models.loading import torch_dtype
+
         torch.cuda.set_device(device)
         hardware |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        on = torch.device(device)
+        hardware["attention"] = preferred_attention(on, torch_dtype(dtype, on))
     return hardware
 
 

@@ -1,0 +1,59 @@
+"""What only a GPU can show; skipped without one, and CI has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import NATIVE, build
+from test_shortcuts import CACHED, batch_for, options, spec, token_loss
+
+from safemed_bench.models import load_model
+from safemed_bench.models.generation import cache_options
+from safemed_bench.models.recompute import recompute
+from safemed_bench.models.transfer import upload
+from safemed_bench.run.batching import BatchSizer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("family", CACHED)
+def test_the_scores_and_replies_of_the_cpu(family, tmp_path):
+    folder, found = build(family, tmp_path), []
+    for device in ("cpu", "cuda"):
+        asked = spec(family, folder, dtype="fp32", prompt="think", decode="generate")
+        vlm = load_model(asked, NATIVE[family], device=device)
+        batch = batch_for(vlm)
+        with torch.no_grad():
+            found.append((options(vlm, batch, batch.pixels).cpu(), vlm.answer(batch, batch.pixels)))
+    assert cache_options(vlm), "a static cache"
+    assert (found[0][0] - found[1][0]).abs().max() <= 1e-3
+    assert [a.tokens for a in found[0][1]] == [a.tokens for a in found[1][1]]
+
+
+def test_the_probe_meets_the_real_end_of_memory():
+    free, _ = torch.cuda.mem_get_info()
+    each, done = free // 10, []
+
+    def work(rows):
+        torch.empty(each * len(rows), dtype=torch.uint8, device="cuda")
+        done.extend(rows)
+
+    BatchSizer(None, torch.cuda.empty_cache, probe=8).map("fill", range(40), work)
+    assert done == list(range(40))
+
+
+def test_uploads_wait_for_nobody_and_arrive():
+    here = torch.arange(1 << 22)
+    assert torch.equal(upload(here, "cuda").cpu(), here)
+
+
+def test_computing_twice_lowers_the_peak(tmp_path):
+    vlm, peaks = load_model(spec("qwen3_vl", build("qwen3_vl", tmp_path), dtype="fp32"), 64, device="cuda"), []
+    batch = batch_for(vlm)
+    for on in (False, True):
+        recompute(vlm.model, on=on)
+        torch.cuda.reset_peak_memory_stats()
+        pixels = batch.pixels.requires_grad_()
+        torch.autograd.grad(token_loss(vlm, batch, pixels).sum(), pixels)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < peaks[0]
