@@ -21,7 +21,6 @@ import gc
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +29,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import host
 import lora_step
 import numpy as np
 import reporting
 import torch
 from meter import Meter, flops
-from PIL import Image
 from published import MINIATURES, SHAPES, Shape, build
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -52,7 +51,6 @@ from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.recompute import recompute
 from safemed_bench.models.smoothed import labels
 from safemed_bench.run.batching import is_out_of_memory
-from safemed_bench.run.reading import READERS, read_canvases
 
 SIGMA = 0.12
 THREAT = ThreatModel("linf", 4 / 255)
@@ -268,24 +266,6 @@ class Bench:
         self.facts["tokens_per_second"] = round(per_second(taken[True][1:], count) * self.size.tokens, 1)
         return self.row("generation, static cache", each, "growing cache", other, agree == 1, agree)
 
-    def reading(self) -> dict[str, Any]:
-        """PNG files of the canvas's size by threads, against one after the other."""
-        count = self.size.questions
-        with tempfile.TemporaryDirectory() as folder:
-            asked = [replace(q, image=f"{folder}/{q.id}.png") for q in self.questions[:count]]
-            for question, canvas in zip(asked, self.canvas, strict=False):
-                Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(question.image)
-
-            def read(readers: int) -> dict[int, Any]:
-                return read_canvases(asked, self.shape.side, "pad", readers)[0]
-
-            ours = self.meter.seconds(lambda: read(READERS), self.size.rounds, warm=1)
-            theirs = self.meter.seconds(lambda: read(1), self.size.rounds, warm=1)
-            pairs = zip(read(READERS).values(), read(1).values(), strict=True)
-            same = all(np.array_equal(a, b) for a, b in pairs)
-        each, other = ([s / count for s in taken] for taken in (ours, theirs))
-        return self.row("reading an image", each, "one thread", other, same, float(same))
-
     def compiled(self) -> dict[str, Any]:
         """The text layers through torch.compile: last of all, for it stays with the model. The facts tell how long it
         takes, and after how many steps it has paid for itself, if ever."""
@@ -356,7 +336,7 @@ def measure(
     shape: Shape, size: Size, meter: Meter, dtype: torch.dtype, compiled: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     bench = Bench(shape, size, meter, dtype)
-    cases = [*bench.attack(), *bench.deployed(), bench.reading()]
+    cases = [*bench.attack(), *bench.deployed(), *host.cases(bench)]
     return [*cases, *([bench.compiled()] if compiled else [])], bench.facts
 
 

@@ -21,6 +21,8 @@ from safemed_bench.core.types import ThreatModel
 from safemed_bench.models import attention, load_model
 from safemed_bench.models.generation import cache_options, generate
 from safemed_bench.models.huggingface import HuggingFaceVLM
+from safemed_bench.models.parallel import host_threads, in_threads
+from safemed_bench.models.pixels import image_processor_call
 from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.recompute import recompute
 from safemed_bench.run.batching import BatchSizer
@@ -316,6 +318,18 @@ def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch, installed):
 
 def test_the_adapter_says_what_it_runs_on(plain):
     assert plain.attention == "sdpa" == plain.model.config._attn_implementation
+
+
+def test_the_image_processor_in_threads_gives_the_same_tensors(plain):
+    """More images than threads, fewer, and one."""
+    draw, one = np.random.default_rng(0), image_processor_call(plain.processor)
+    images = list(draw.integers(0, 256, (13, *plain.resolution, 3), dtype=np.uint8))
+    many = in_threads(one, 4)
+    for count in (13, 13, 3, 1):
+        alone, together = one(images[:count]), many(images[:count])
+        assert alone.keys() == together.keys()
+        assert all(torch.equal(alone[name], together[name]) for name in alone)
+    assert host_threads(plain.device) == 1 and in_threads(one, 1) is one
 
 
 def test_images_read_by_threads_are_the_same(tmp_path):

@@ -23,6 +23,7 @@ from .card import ModelCard
 from .chat import ChatFormat
 from .generation import generate
 from .loading import end_ids, load_weights, unwrapped
+from .parallel import host_threads, in_threads
 from .patches import use_linear_patches
 from .pixels import PixelMap, image_processor_call
 from .prefix import Prefix
@@ -52,8 +53,9 @@ class HuggingFaceVLM:
         self.decode: Decode = card.decode
         self.device = torch.device(device)
         self.model, self.processor, self.tokenizer = model.to(self.device), processor, processor.tokenizer
-        self._process = image_processor_call(processor)
-        self.pixel_map = PixelMap.probe(self._process, resolution).to(self.device)
+        call = image_processor_call(processor)
+        self.pixel_map = PixelMap.probe(call, resolution).to(self.device)
+        self._process = in_threads(call, host_threads(self.device))
         self.chat = ChatFormat(processor, resolution)
         self._mrope: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         self._head_on_slice = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters

@@ -21,10 +21,11 @@ from ..attacks.threat import check, norms, quantize, random_start
 from ..core.seeds import derive_seed
 from ..core.types import Answer, FitSet, Question, Record, ThreatModel, Unit
 from ..models.base import Batch, VisionLanguageModel
+from ..models.parallel import host_threads
 from . import artefacts, certificates, corrupted, fitting, probes
 from .batching import BatchSizer
 from .messages import Job, Settings
-from .reading import READERS, read_canvases
+from .reading import read_canvases
 
 BLANK_LEVEL = 128
 """`blank` shows a constant mid-grey image: no data set's black border, no dermoscopy white, just no picture."""
@@ -52,8 +53,8 @@ class Bench:
         """A record for every unit of `job`, in order. A question whose image cannot be read gives an error record."""
         began = time.perf_counter()
         side = job.model.resolution or self.settings.resolution
-        readers = READERS if self.model.device.type == "cuda" else 1
-        shown, problems = read_canvases(job.donors or job.questions, side, self.settings.fit, readers)
+        threads = host_threads(self.model.device)
+        shown, problems = read_canvases(job.donors or job.questions, side, self.settings.fit, threads)
         if job.donors:
             problems |= {i: q.image_error for i, q in enumerate(job.questions) if q.image_error}
         good = [i for i in range(len(job.units)) if i not in problems]

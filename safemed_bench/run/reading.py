@@ -13,9 +13,6 @@ from ..core.errors import DataError
 from ..core.types import Question
 from ..datasets.images import load_canvas
 
-READERS = 8
-"""Threads that read a chunk's images where a GPU would wait for them; a CPU worker has its one core."""
-
 
 def read_canvases(
     questions: Sequence[Question], side: int, fit: str, readers: int = 1
