@@ -133,7 +133,7 @@ MINIATURES = {
     "qwen2.5-vl-3b": Shape(
         "qwen2.5-vl miniature",
         "qwen2_5_vl",
-        64,
+        80,  # windows of three sizes, as the published shape has
         _SMALL_TEXT | _rope(1e4, [8, 4, 4]),
         _SMALL_VISION | {"out_hidden_size": 64, "window_size": 32, "fullatt_block_indexes": [1]},
         SYSTEM,

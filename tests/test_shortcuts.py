@@ -306,6 +306,24 @@ def test_a_static_cache_writes_the_same_replies(family, tmp_path):
     assert any(len(tokens) > 1 for tokens, _ in replies)
 
 
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (4, 2, 4, 2, 1, 4, 2, 4, 2, 1), (3, 5)])
+def test_packed_attention_is_that_of_each_sequence_alone(lengths):
+    """Values and gradients, for images of one size and for windows of several."""
+    draw = torch.Generator().manual_seed(0)
+    packed = [torch.randn(1, 2, sum(lengths), 8, generator=draw).requires_grad_() for _ in range(3)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    out, _ = attention.packed_sdpa(
+        torch.nn.Module(), *packed, None, cu_seq_lens_q=bounds, max_length_q=max(lengths), scaling=0.3
+    )
+    parts = zip(*(x.split(lengths, dim=2) for x in packed), strict=True)
+    alone = [torch.nn.functional.scaled_dot_product_attention(*qkv, scale=0.3) for qkv in parts]
+    expected = torch.cat(alone, 2).transpose(1, 2)
+    assert torch.allclose(out, expected, atol=1e-6)
+    weights = torch.randn(out.shape, generator=draw)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), packed) for x in (out, expected))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch, installed):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)

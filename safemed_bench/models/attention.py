@@ -6,13 +6,14 @@ Vision, for images of one size: one batched SDPA instead of one call per image a
 
 Stock Qwen-VL vision towers pack all images into one sequence. With a flash-attention kernel they pass the packed
 layout through; with SDPA they loop over images in Python. All canvases of a suite have one size, so the packed
-sequence is a plain batch. Registered under a name with "flash" in it, because that is how transformers decides on
-the packed layout; nothing of flash-attention itself is used, and any device will do.
+sequence is a plain batch, or one for each of a few lengths. Registered under a name with "flash" in it, because that is
+how transformers decides on the packed layout; nothing of flash-attention itself is used, and any device will do.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,18 +59,32 @@ def packed_sdpa(
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(f"{NAME} is for packed vision sequences only")
     heads, total, width = query.shape[1:]
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+    lengths = tuple((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
     if all(n == max_length_q for n in lengths):
         shape = (heads, len(lengths), max_length_q, width)
         q, k, v = (x[0].view(shape).transpose(0, 1) for x in (query, key, value))
         out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2).reshape(1, total, heads, width), None
-    parts = [x.split(lengths, dim=2) for x in (query, key, value)]
-    outs = [
-        nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    groups, back = _by_length(lengths, query.device)
+    outs = []
+    for length, places in groups:
+        shape = (heads, -1, length, width)
+        q, k, v = (x[0].index_select(1, places).view(shape).transpose(0, 1) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        outs.append(out.transpose(1, 2).reshape(-1, heads, width))
+    return torch.cat(outs).index_select(0, back)[None], None
+
+
+@lru_cache(maxsize=64)
+def _by_length(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[int, Tensor]], Tensor]:
+    """For each length that occurs, the tokens of all sequences that have it; and where each token then stands.
+
+    Qwen2.5-VL's windows are of three sizes where they do not divide the image: whole, at the edge, in the corner.
+    """
+    owner = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))
+    groups = [(n, (owner == n).nonzero()[:, 0]) for n in sorted(set(lengths))]
+    back = torch.cat([places for _, places in groups]).argsort()
+    return [(n, places.to(device)) for n, places in groups], back.to(device)
 
 
 AttentionInterface.register(NAME, packed_sdpa)
