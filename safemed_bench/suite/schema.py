@@ -196,7 +196,7 @@ class RunSpec(Part):
 
     seed: Whole = Field(default=0, description="Seed of everything random: starts, noise, shuffling.")
     batch_size: CountOrAuto = Field(
-        default="auto", description="Questions per forward pass; auto backs off when memory ends."
+        default="auto", description="Questions per forward pass; auto is the chunk, on a GPU what fits (docs/speed.md)."
     )
     chunk: Count = Field(default=50, description="Questions per work chunk; fixed, so that workers change nothing.")
     workers: CountOrAuto = Field(default="auto", description="Processes; auto is one per GPU, or one per core.")
