@@ -59,20 +59,21 @@ def measure(shape: Shape, load: Load, meter: Meter) -> dict[str, Any]:
     return facts | {
         "fits": True,
         "trained_parameters": trained,
+        "rollouts": method.policy.reason,
         "step_seconds": round(seconds[0], 4),
         "peak_gb": round(peak / 1e9, 3),
     }
 
 
 def trainer(shape: Shape, load: Load, device: torch.device) -> tuple[ATGRPO, Any]:
-    """As `safemed-bench train` builds it: weights in float32, bfloat16 arithmetic on a GPU; and its steps."""
-    config = settings(shape, load)
-    vlm = build(shape, device, torch.float32, prompt="think_brief", max_new_tokens=load.tokens)
+    """As `safemed-bench train` builds it, and its steps; on a GPU frozen weights and arithmetic are bfloat16."""
+    config, small = settings(shape, load), device.type == "cpu"
+    dtype = torch.float32 if small else torch.bfloat16
+    vlm = build(shape, device, dtype, prompt="think_brief", max_new_tokens=load.tokens)
     vlm.model.train()
     adapted = with_lora(vlm.model, LoraSettings())
     vlm = HuggingFaceVLM(adapted, vlm.processor, vlm.card, vlm.resolution, device=device)
     vlm.end_ids = (shape.text["vocab_size"] - 1,)  # no rollout ends early: every step does the same work
-    small = device.type == "cpu"
     accelerator = Accelerator(cpu=small, mixed_precision="no" if small else "bf16")
     steps = iter(schedule(config))
     stage = config.stages[0]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from ..core.errors import ModelError, UsageError
 from ..models import tiny
@@ -33,10 +34,13 @@ DIFFERENT = {"config": "another config", "start": "other start weights (init)", 
 """What is said where a part of a checkpoint's origin is not the run's."""
 
 
-def load_start(config: TrainConfig, words: Sequence[str], device: torch.device) -> HuggingFaceVLM:
+def load_start(
+    config: TrainConfig, words: Sequence[str], device: torch.device, *, bf16: bool = False
+) -> HuggingFaceVLM:
     """The model a run starts from, trainable, in float32: AdamW's steps are below the resolution of bfloat16 weights.
 
-    Autocast makes the forward pass cheaper where `precision` says so.
+    bf16: arithmetic is in bfloat16. Weights below a LoRA adapter, which are never changed, then stay in bfloat16 if
+    they were saved so, exact and in half the memory; autocast would make a bfloat16 copy of them in every pass.
     """
     resolution = (config.data.resolution, config.data.resolution)
     if config.init == "tiny":
@@ -44,7 +48,9 @@ def load_start(config: TrainConfig, words: Sequence[str], device: torch.device) 
         return HuggingFaceVLM(model.train(), processor, _card(config, ""), resolution, device=device)
     folder = _start_folder(config.init)
     card = replace(card_from_folder(config.name, folder), prompt=config.prompt, adapter=None)
-    vlm = HuggingFaceVLM.load(_with_reading(card, config), resolution, device=device, dtype="fp32")
+    saved_so = AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    dtype = "bf16" if config.lora and bf16 and saved_so else "fp32"
+    vlm = HuggingFaceVLM.load(_with_reading(card, config), resolution, device=device, dtype=dtype)
     vlm.model.train().requires_grad_(True)
     if config.gradient_checkpointing:
         whole: Any = vlm.model
@@ -192,7 +198,8 @@ def save_entry(vlm: HuggingFaceVLM, config: TrainConfig) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     model: Any = vlm.model
-    model = model.merge_and_unload() if config.lora else model
+    # In float32: an adapter's update is below the resolution of the bfloat16 weights that it is added to.
+    model = model.float().merge_and_unload() if config.lora else model
     weights = {k: v.to(getattr(torch, config.export_dtype)) for k, v in model.state_dict().items()}
     model.save_pretrained(scratch, state_dict=weights)
     vlm.processor.save_pretrained(scratch)

@@ -142,7 +142,7 @@ class TrainConfig(Settings):
     seed: Whole = Field(default=0, description="Seed of weights, batches and tasks.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="Arithmetic of the forward pass; weights and optimiser are always float32. "
+        description="Arithmetic of the forward pass; trained weights and optimiser are always float32. "
         "auto: bfloat16 autocast on a GPU that has it, float32 elsewhere.",
     )
     output: Path | None = Field(

@@ -49,7 +49,7 @@ def train(config: TrainConfig, *, resume: bool = True, quiet: bool = False) -> P
         checkpoints.set_aside()
     begun = checkpoints.latest_step()
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    vlm = load_start(config, corpus.words, accelerator.device)
+    vlm = load_start(config, corpus.words, accelerator.device, bf16=accelerator.mixed_precision == "bf16")
     if begun:
         checkpoints.load_weights(begun, vlm.model)
     method: Method | None = None
