@@ -311,20 +311,23 @@ def check_image(image: Tensor) -> None:
         raise ValueError("the picture must lie in [0, 1]")
 
 
-def noise(image: Tensor, seed: int, phase: str, start: int, count: int) -> Tensor:
-    """(count, 3, H, W) standard normal: samples start to start + count of the phase's stream, a tensor of its own like
-    `image`.
+def noise(image: Tensor, seed: int, phase: str, start: int, count: int, out: Tensor | None = None) -> Tensor:
+    """(count, 3, H, W) standard normal, like `image`: samples start to start + count of the phase's stream.
 
-    Drawn in float32 on the CPU, so that a GPU sees the same.
+    Drawn in float32 on the CPU, so that a GPU sees the same, and into `out` where that is given, float32 on the CPU.
     """
     import torch  # here, so that a suite's certifiers can be checked without it
 
     first, last = start // NOISE_CHUNK, (start + count - 1) // NOISE_CHUNK
-    drawn = torch.empty((count, *image.shape))
+    drawn = torch.empty((count, *image.shape)) if out is None else out
     for number in range(first, last + 1):
         offset = number * NOISE_CHUNK - start
-        chunk = _chunk(image.shape, derive_seed(seed, "certify", phase, number))
-        drawn[max(offset, 0) : offset + NOISE_CHUNK] = chunk[max(-offset, 0) : count - offset]
+        stream = derive_seed(seed, "certify", phase, number)
+        if 0 <= offset <= count - NOISE_CHUNK:
+            drawn[offset : offset + NOISE_CHUNK].normal_(generator=torch.Generator().manual_seed(stream))
+        else:
+            chunk = _chunk(image.shape, stream)
+            drawn[max(offset, 0) : offset + NOISE_CHUNK] = chunk[max(-offset, 0) : count - offset]
     return drawn.to(image)
 
 
@@ -335,7 +338,7 @@ def noisy(image: Tensor, sigma: float, seed: int, phase: str, start: int, count:
 
 @functools.lru_cache(maxsize=2)
 def _chunk(shape: torch.Size, seed: int) -> Tensor:
-    """Never written to; held because batches that are smaller than a chunk ask for it again."""
+    """All of a chunk of which a part is wanted. Never written to; held because the next batch asks for the rest."""
     import torch
 
     return torch.randn((NOISE_CHUNK, *shape), generator=torch.Generator().manual_seed(seed))
