@@ -184,6 +184,12 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
         True,
         standard=False,
     ),
+    "regenerated": ObjectiveInfo(
+        "safemed_bench.attacks.regenerated:Regenerated",
+        "cross-entropy of the true letter after a rationale that is written anew every few steps",
+        True,
+        standard=False,
+    ),
     "stop_reasoning": ObjectiveInfo(
         _TARGETED + "StopReasoning", "likelihood of no rationale and a wrong letter (2402.14899)", True, standard=False
     ),

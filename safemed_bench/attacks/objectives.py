@@ -132,7 +132,7 @@ class _Either(Prepared):
         return _Either(first, second, main, fallback)
 
 
-def _rationale_prefix(model: VisionLanguageModel, answer: Answer) -> str:
+def rationale_prefix(model: VisionLanguageModel, answer: Answer) -> str:
     """The model's own reply up to the place of its letter; its plain answer prefix where there is none."""
     found = split_at_letter(answer.text)
     return found[0] if found else model.answer_prefix()
@@ -185,7 +185,7 @@ class AnswerToken(Objective):
         return _cross_entropy(scores, targets)
 
     def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared:
-        text = tuple(_rationale_prefix(model, a) for a in clean_answers) if model.reasons else None
+        text = tuple(rationale_prefix(model, a) for a in clean_answers) if model.reasons else None
         return _Letter(model, batch, text, self.loss)
 
 
