@@ -213,3 +213,12 @@ def test_when_a_rationale_is_written_anew_depends_on_the_question_alone():
         )
         assert torch.equal(part.adversarial[0], whole.adversarial[row]) and part.success[0] == whole.success[row]
     assert 0 < int(whole.success.sum()) < 8
+
+
+def test_a_model_that_cannot_go_on_has_the_last_place_unproved():
+    model, bare = ToyVLM(reasons=True), ToyVLM(reasons=True)
+    batch, answers = toy_batch(model, 4, wrong_every=0)
+    bare.completed = None
+    proved, unproved = (build_objective("decisive_slot").prepare(m, batch, answers) for m in (model, bare))
+    assert [note["slot"] for note in unproved.extra] == [note["slot"] for note in proved.extra]
+    assert {note["moves"] for note in unproved.extra} == {None}

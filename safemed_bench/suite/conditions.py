@@ -29,13 +29,15 @@ CODE_VERSIONS: Mapping[str, int] = {
     "shuffled": 1,
     "noise": 1,
     "attack": ATTACK_VERSION,
+    "safemed-attack": 2,
     "certify": CERTIFY_VERSION,
     "corruption": CORRUPTION_VERSION,
     "repeat": 1,
     "gradient": 1,
     "smooth": 3,
 }
-"""Versions of the code behind a record. Raise one whenever a change to that part can change a record."""
+"""Versions of the code behind a record. Raise one whenever a change to that part can change a record; an attack that
+changes alone has its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Condition:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        parts = ("canvas", "verdict") + ((self.kind,) if self.kind in CODE_VERSIONS else ())
-        return tuple(CODE_VERSIONS[part] for part in parts)
+        parts = ("canvas", "verdict", self.kind, self.attack)
+        return tuple(CODE_VERSIONS[part] for part in parts if part in CODE_VERSIONS)
 
 
 def conditions_for(
