@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..core.errors import ModelError
 from .card import ModelCard
+from .families import refusal
 from .processors import LOAD_ERRORS
 
 
@@ -27,6 +28,8 @@ def load_weights(card: ModelCard, device: torch.device, dtype: str) -> nn.Module
         reason = " ".join(str(error).split())[:400]
         raise ModelError(f"cannot load the weights in {card.path}: {type(error).__name__}: {reason}") from error
     model, report = loaded
+    if problem := refusal(model.config):
+        raise ModelError(f"{card.path} is refused: {problem}")
     if absent := sorted(report["missing_keys"]):
         raise ModelError(f"the checkpoint in {card.path} lacks {len(absent)} weights, the first: {absent[0]}")
     if card.adapter:
@@ -39,6 +42,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper, whose own signature hides arguments."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) else model
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in: its word embeddings' type. BLIP-2 keeps parts in float32, int8 weights are bytes."""
+    embeddings: Any = unwrapped(model).get_input_embeddings()  # type: ignore[operator]
+    found: torch.dtype = embeddings.weight.dtype
+    return found
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
