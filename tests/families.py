@@ -44,6 +44,8 @@ QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TILING = ("llava_next", "llava_onevision", "internvl", "idefics3", "smolvlm")
 OTHER = ("paligemma2", "blip2", "instructblip", "mllama", "pixtral", "mistral3")
 FAMILIES = (*QWEN, "llava", *TILING, "gemma3", *OTHER)
+TRAINED = (*QWEN, "llava", "gemma3")
+"""Those that training is tested with."""
 NEEDS = {"smolvlm": "num2words", "pixtral": "torchvision", "mistral3": "torchvision"}
 """What transformers wants installed before it gives the family's processor, beyond what this package depends on."""
 NATIVE = {**dict.fromkeys(FAMILIES, 56), **dict.fromkeys(QWEN, 64), **dict.fromkeys(TILING, 112)}

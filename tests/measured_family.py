@@ -31,10 +31,10 @@ THREAT = ThreatModel("linf", 8 / 255)
 STEPS = 10
 
 
-def load(family: str, folder: Path, **more: Any) -> HuggingFaceVLM:
+def load(family: str, folder: Path, *, device: str = "cpu", **more: Any) -> HuggingFaceVLM:
     options = {"revision": None, "prompt": None, "decode": None, "max_new_tokens": 6, "dtype": None, "adapter": None}
     spec: Any = SimpleNamespace(**({"name": family, "path": str(folder), "quantize": None} | options | more))
-    model = load_model(spec, NATIVE[family], device="cpu")
+    model = load_model(spec, NATIVE[family], device=device)
     assert isinstance(model, HuggingFaceVLM)
     return model
 

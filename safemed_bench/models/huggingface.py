@@ -22,7 +22,7 @@ from .attention import use_packed_vision_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
 from .chat import ChatFormat
-from .loading import compute_dtype, end_ids, load_weights, unwrapped
+from .loading import compute_dtype, end_ids, load_weights, placed, unwrapped
 from .pixels import PixelMap, image_processor_call
 from .processors import load_processor
 from .prompts import PROMPTS, Prompt, get_prompt
@@ -48,7 +48,7 @@ class HuggingFaceVLM:
         self.reasons, self.fingerprint = card.reasons, card.fingerprint
         self.decode: Decode = card.decode
         self.device = torch.device(device)
-        self.model, self.processor, self.tokenizer = model.to(self.device), processor, processor.tokenizer
+        self.model, self.processor, self.tokenizer = placed(model, self.device), processor, processor.tokenizer
         self._process = image_processor_call(processor)
         self.pixel_map = PixelMap.probe(self._process, resolution).to(self.device)
         self.chat = ChatFormat(processor, resolution)
