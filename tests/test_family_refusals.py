@@ -63,6 +63,12 @@ def test_a_paligemma_prompt_that_ends_early_is_refused(tmp_path):
         ChatFormat(processor, (56, 56)).ids("two\nlines")
 
 
+@pytest.mark.parametrize("family", ["paligemma2", "blip2", "instructblip"])
+def test_a_family_that_insists_on_an_image_is_not_asked_without(family, tmp_path):
+    with pytest.raises(ModelError, match="cannot be asked without an image"):
+        load(family, build(family, tmp_path), prompt="blind")
+
+
 def test_tiles_are_cut_as_the_processor_has_it_done_not_the_image_processor_alone(tmp_path):
     """InternVL's image processor makes no tiles unless its processor says so."""
     model = load("internvl", build("internvl", tmp_path))

@@ -7,7 +7,6 @@ What else a family's model wants to know of its tokens is recovered from the sam
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ModelError
+from .families import reads_suffix
 
 TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
 
@@ -36,8 +36,7 @@ class ChatFormat:
         ids = probe["input_ids"][0]
         self._type_of = {key: torch.tensor(sorted(set(ids[probe[key][0] == 1].tolist()))) for key in self.keys}
         # PaliGemma's prompt is a prefix that sees itself whole; what comes after its last token is not of that type.
-        prefixed = "suffix" in inspect.signature(type(processor).__call__).parameters
-        self._prefix_end = int(ids[-1]) if prefixed else None
+        self._prefix_end = int(ids[-1]) if reads_suffix(processor) else None
         self._rows = self._rows_of(probe)
         self.ids = lru_cache(maxsize=4096)(self._ids)
 

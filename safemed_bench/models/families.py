@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 _TEXT = "{% for c in messages[0]['content'] if c['type'] == 'text' %}{{ c['text'] | replace('\\n', ' ') }}{% endfor %}"
@@ -18,14 +19,22 @@ TEMPLATES = {
 """Chat templates by processor class, for checkpoints that come with none. They ask one question about one image."""
 
 
+def reads_suffix(processor: Any) -> bool:
+    """Whether a prompt is a prefix that sees itself whole, and the reply another type of token: PaliGemma."""
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
+
+
+def needs_image(model: Any, processor: Any) -> bool:
+    """Whether the family cannot be asked without an image: its forward or its processor insists on one."""
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    return reads_suffix(processor) or (pixels is not None and pixels.default is inspect.Parameter.empty)
+
+
 def refusal(config: Any) -> str | None:
     """Why checkpoints of this configuration cannot be served, None where they can."""
     text = config.get_text_config(decoder=True)
-    if (
-        config.is_encoder_decoder
-        or text.is_encoder_decoder
-        or not getattr(config, "use_decoder_only_language_model", True)
-    ):
+    both = any(getattr(part, "is_encoder_decoder", False) for part in (config, text))
+    if both or not getattr(config, "use_decoder_only_language_model", True):
         return (
             f"its language model ({text.model_type}) is an encoder-decoder, whose reply is no continuation of the "
             "prompt: scores and attack objectives would mean something else; take a decoder-only one of the family"

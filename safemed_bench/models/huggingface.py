@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import ModelError
 from ..core.types import Answer, Question
 from .answers import extract, fork, split_at_letter
 from .attention import use_packed_vision_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
 from .chat import ChatFormat
+from .families import needs_image
 from .loading import compute_dtype, end_ids, load_weights, placed, unwrapped
 from .pixels import PixelMap, image_processor_call
 from .processors import load_processor
@@ -49,6 +51,8 @@ class HuggingFaceVLM:
         self.decode: Decode = card.decode
         self.device = torch.device(device)
         self.model, self.processor, self.tokenizer = placed(model, self.device), processor, processor.tokenizer
+        if not self.prompt.image and needs_image(unwrapped(model), processor):
+            raise ModelError(f"model '{card.name}' cannot be asked without an image: take another prompt than 'blind'")
         self._process = image_processor_call(processor)
         self.pixel_map = PixelMap.probe(self._process, resolution).to(self.device)
         self.chat = ChatFormat(processor, resolution)
