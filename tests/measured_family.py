@@ -31,10 +31,13 @@ THREAT = ThreatModel("linf", 8 / 255)
 STEPS = 10
 
 
-def load(family: str, folder: Path, *, device: str = "cpu", **more: Any) -> HuggingFaceVLM:
+def load(
+    family: str, folder: Path, *, device: str = "cpu", resolution: tuple[int, int] | None = None, **more: Any
+) -> HuggingFaceVLM:
+    """As a suite would load it, start-up check included; on the family's native canvas unless `resolution` is given."""
     options = {"revision": None, "prompt": None, "decode": None, "max_new_tokens": 6, "dtype": None, "adapter": None}
     spec: Any = SimpleNamespace(**({"name": family, "path": str(folder), "quantize": None} | options | more))
-    model = load_model(spec, NATIVE[family], device=device)
+    model = load_model(spec, resolution or NATIVE[family], device=device)
     assert isinstance(model, HuggingFaceVLM)
     return model
 

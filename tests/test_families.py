@@ -218,6 +218,17 @@ def test_the_real_processor_makes_what_the_map_says(model, batch):
     assert map_error(model, batch) <= 1e-5
 
 
+@pytest.mark.parametrize("resolution", [(56, 112), (112, 56)], ids=str)
+def test_two_tiles_beside_or_above_each_other(family, folder, resolution):
+    """Another grid: other prompts and masks, the thumbnail squeezed along one side only."""
+    if family not in (*TILING, "mllama"):
+        return
+    model = load(family, folder, resolution=resolution, prompt="think", decode="generate")
+    batch = prepared(model)
+    assert map_error(model, batch) <= 1e-5
+    assert all(ours == stock for ours, stock in replies(model, batch))
+
+
 def test_a_checkpoint_with_missing_weights_is_refused(family, folder, tmp_path):
     """transformers only warns, and fills the hole with random numbers."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

@@ -105,7 +105,17 @@ def test_gradient_equals_finite_difference_through_the_model(family, folders):
     assert abs(numeric - norm) / norm < 1e-3
 
 
-@pytest.mark.parametrize(("name", "side", "native"), [("qwen2_vl", 60, 64), ("llava", 96, 56), ("gemma3", 48, 56)])
+@pytest.mark.parametrize(
+    ("name", "side", "native"),
+    [
+        ("qwen2_vl", 60, 64),
+        ("llava", 96, 56),
+        ("gemma3", 48, 56),
+        ("internvl", 48, 56),
+        ("llava_next", 80, 112),
+        ("idefics3", 56, 112),
+    ],
+)
 def test_refuses_a_resizing_processor_and_names_a_size_that_fits(folders, name, side, native):
     with pytest.raises(ModelError, match=rf"{side}x{side}.*set the resolution to {native}"):
         probe(folders[name], side)
