@@ -16,10 +16,11 @@ from ..core.errors import ModelError, UsageError
 from .prompts import get_prompt
 
 Decode = Literal["logprob", "generate"]
+Quantize = Literal["int8", "nf4"]
 
 ENTRY_FILE = "entry.json"
 EXTRACTION_VERSION = 1
-SETTINGS = ("revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter")
+SETTINGS = ("revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter", "quantize")
 """What a suite may set of an entry, beside its name, folder and canvas."""
 
 
@@ -34,6 +35,7 @@ class Spec(Protocol):
     max_new_tokens: int | None
     dtype: str | None
     adapter: str | None
+    quantize: Quantize | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class ModelCard:
     description: str = ""
     dtype: str | None = None
     adapter: str | None = None
+    quantize: Quantize | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,7 +171,7 @@ def card_from_folder(name: str, folder: Path, spec: Spec | None = None) -> Model
             raise ModelError(f"{entry}:{error.lineno}:{error.colno}  not JSON: {error.msg}") from error
     given = {
         key: value
-        for key in ("prompt", "decode", "max_new_tokens", "dtype", "adapter")
+        for key in ("prompt", "decode", "max_new_tokens", "dtype", "adapter", "quantize")
         if spec is not None and (value := getattr(spec, key, None)) is not None
     }
     values = defaults | given
@@ -184,6 +187,7 @@ def card_from_folder(name: str, folder: Path, spec: Spec | None = None) -> Model
         description=values["description"],
         dtype=values.get("dtype"),
         adapter=values.get("adapter"),
+        quantize=values.get("quantize"),
     )
     return replace(card, fingerprint=_fingerprint(card, prompt.template))
 
@@ -193,7 +197,8 @@ def _fingerprint(card: ModelCard, template: str) -> str:
     if card.adapter and not Path(card.adapter).is_dir():
         raise ModelError(f"adapter folder not found: {card.adapter}")
     adapter = folder_digest(card.adapter) if card.adapter else ""
-    parts = (weights, adapter, template, card.decode, card.max_new_tokens, EXTRACTION_VERSION)
+    parts = [weights, adapter, template, card.decode, card.max_new_tokens, EXTRACTION_VERSION]
+    parts += [card.quantize] if card.quantize else []  # records of whole weights keep their keys
     return _digest("\x1f".join(map(str, parts)).encode())
 
 
@@ -204,7 +209,8 @@ def _digest(data: bytes) -> str:
 def folder_digest(folder: str) -> str:
     """Hash of all weights, their indexes, configs and tokenizer files in a model folder."""
     texts = {".json", ".jinja", ".txt", ".model"}
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in texts or _is_weights(p))
+    parts = [Path(folder), *Path(folder).glob("qformer_tokenizer")]  # InstructBLIP's second tokenizer
+    files = sorted(p for part in parts for p in part.iterdir() if p.suffix in texts or _is_weights(p))
     stamp = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.name != ENTRY_FILE)
     return _digest_files(stamp)
 

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import ModelError
 from ..core.types import Answer, Question
 from .answers import extract, fork, split_at_letter
 from .attention import use_packed_vision_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
 from .chat import ChatFormat
-from .loading import end_ids, load_weights, unwrapped
+from .families import needs_image
+from .loading import compute_dtype, end_ids, load_weights, placed, unwrapped
 from .pixels import PixelMap, image_processor_call
 from .processors import load_processor
 from .prompts import PROMPTS, Prompt, get_prompt
@@ -48,7 +50,9 @@ class HuggingFaceVLM:
         self.reasons, self.fingerprint = card.reasons, card.fingerprint
         self.decode: Decode = card.decode
         self.device = torch.device(device)
-        self.model, self.processor, self.tokenizer = model.to(self.device), processor, processor.tokenizer
+        self.model, self.processor, self.tokenizer = placed(model, self.device), processor, processor.tokenizer
+        if not self.prompt.image and needs_image(unwrapped(model), processor):
+            raise ModelError(f"model '{card.name}' cannot be asked without an image: take another prompt than 'blind'")
         self._process = image_processor_call(processor)
         self.pixel_map = PixelMap.probe(self._process, resolution).to(self.device)
         self.chat = ChatFormat(processor, resolution)
@@ -97,11 +101,15 @@ class HuggingFaceVLM:
         return Batch(tuple(questions), canvas, inputs).to(self.device)
 
     def compose(self, texts: Sequence[str], *, image: bool = True) -> dict[str, Tensor]:
-        """User texts to left-padded `input_ids`, `attention_mask` (B, L) and `position_ids` on the model's device."""
+        """User texts to left-padded `input_ids`, `attention_mask` (B, L) and `position_ids` on the model's device.
+
+        And what else of the prompt the family's model reads (`ChatFormat.companions`).
+        """
         rows = [self.chat.ids(text, image=image) for text in texts]
         ids, mask = _pad_left(rows, self.pad_id)
         positions = self._positions(ids, mask, image)
-        return {k: v.to(self.device) for k, v in zip(INPUTS, (ids, mask, positions), strict=True)}
+        composed = dict(zip(INPUTS, (ids, mask, positions), strict=True)) | self.chat.companions(texts, image=image)
+        return {k: v.to(self.device) for k, v in composed.items()}
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a continuation, without special tokens."""
@@ -160,6 +168,7 @@ class HuggingFaceVLM:
         joined_mask[:, -width:] = joined_mask[:, -width:].where(~tail_mask.bool(), 1)
         return (
             {
+                **inputs,
                 "input_ids": ids,
                 "attention_mask": joined_mask,
                 "position_ids": _extend(positions, source, column, prompt.shape[1]),
@@ -178,13 +187,12 @@ class HuggingFaceVLM:
         """What the model's own forward is given for these inputs; the LM head at the last `keep` columns if it can."""
         positions = inputs["position_ids"]
         arguments: dict[str, Any] = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
+            **inputs,
             "position_ids": positions.permute(1, 0, 2) if positions.ndim == 3 else positions,
             **self.chat.token_types(inputs["input_ids"]),
         }
         if pixel_values is not None:
-            arguments["pixel_values"] = pixel_values.to(next(self.model.parameters()).dtype)
+            arguments["pixel_values"] = pixel_values.to(compute_dtype(self.model))
             arguments |= self.pixel_map.extras(len(positions))
         return arguments | ({"logits_to_keep": keep} if self._head_on_slice else {})
 
@@ -304,12 +312,11 @@ class HuggingFaceVLM:
         """Greedy continuation of each prompt without its end token, and whether it ended by itself."""
         ids = batch.inputs["input_ids"]
         arguments: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": batch.inputs["attention_mask"],
+            **{k: v for k, v in batch.inputs.items() if k != "position_ids"},
             **self.chat.token_types(ids),
         }
         if self.prompt.image:
-            dtype = next(self.model.parameters()).dtype
+            dtype = compute_dtype(self.model)
             arguments |= {k: v.to(dtype) if k == "pixel_values" else v for k, v in processed.items()}
         out = self.model.generate(  # type: ignore[operator]
             **arguments,

@@ -115,5 +115,5 @@ def _session(session: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _card(card: Mapping[str, Any]) -> dict[str, str]:
-    keys = ("name", "prompt", "decode", "max_new_tokens", "dtype", "adapter", "fingerprint", "path")
+    keys = ("name", "prompt", "decode", "max_new_tokens", "dtype", "adapter", "quantize", "fingerprint", "path")
     return {key.replace("_", " "): str(card[key]) if card.get(key) not in (None, "") else "–" for key in keys}

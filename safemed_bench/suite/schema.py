@@ -165,6 +165,9 @@ class ModelSpec(Part):
         default=None, description="Side of this entry's canvas, pixels; None is data.resolution."
     )
     adapter: Text | None = Field(default=None, description="Folder of a PEFT adapter to load on top.")
+    quantize: Literal["int8", "nf4"] | None = Field(
+        default=None, description="Load the weights with bitsandbytes in 8 or 4 bits; needs a CUDA GPU."
+    )
     smooth: SmoothSpec | None = Field(
         default=None, description="Show the smoothed version: {sigma, n, alpha}; None is the entry as it is."
     )
