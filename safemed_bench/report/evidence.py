@@ -87,6 +87,7 @@ def provenance(source: Source) -> dict[str, Any]:
         ("Code", f"{commit}{' with uncommitted changes' if git.get('dirty') else ''}"),
         ("Seed", str(run.get("seed", "unknown"))),
         ("Precision", str(run.get("dtype", "unknown"))),
+        *((card["name"], _served(card["api"])) for card in source.cards if card.get("api")),
         ("Machine", ", ".join(filter(None, (made.get("processor"), _cores(made), made.get("platform"))))),
     ]
     return {
@@ -96,6 +97,13 @@ def provenance(source: Source) -> dict[str, Any]:
         "models": [_card(card) for card in source.cards],
         "suite": source.suite_text,
     }
+
+
+def _served(api: Mapping[str, Any]) -> str:
+    return (
+        f"{api.get('model')}, as {api.get('base_url')} answered it. The weights behind a server cannot be "
+        "fingerprinted: the fingerprint is of address, name, prompt and decoding, and says nothing of what was served"
+    )
 
 
 def _cores(made: Mapping[str, Any]) -> str:

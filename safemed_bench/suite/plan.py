@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from ..core.types import FROM, FitSet, Question, Unit
 from .conditions import CODE_VERSIONS, Condition, asked, conditions_for, corruptions_of, probes_of
 from .fitting import choose_fit, unfitted
 from .schema import ModelSpec, Suite
+from .served import Requests, requests_of
 from .shuffle import choose_donors
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ..models.card import ModelCard
 
 LEAST_CHUNK = 4
+BY_SERVER = "is answered by a server, whose weights cannot be fingerprinted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,11 @@ class Plan:
         return tuple({cell.card.name: cell.card for cell in self.cells}.values())
 
     @cached_property
+    def requests(self) -> Mapping[str, Requests]:
+        """Entry -> the requests it takes, for the entries that a server answers for."""
+        return requests_of(self.cells, Counter(unit.cell for unit in self.units))
+
+    @cached_property
     def questions(self) -> Mapping[str, Question]:
         """Question id -> question."""
         return {question.id: question for question in self.dataset.questions}
@@ -137,7 +145,8 @@ def build_plan(
     cells = [_with_fit(cell, suite, running, questions, pools or {}) for cell in cells]
     said += unfitted([cell.fit for cell in cells if cell.fit], questions)
     chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
-    return Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+    plan = Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+    return replace(plan, notes=(*said, *(f"{name} {BY_SERVER}: {count}" for name, count in plan.requests.items())))
 
 
 def _with_fit(
