@@ -54,6 +54,10 @@ class ChatServer:
         self.http.shutdown()
         self.http.server_close()
 
+    def die(self) -> None:
+        """As a server that is killed: nobody listens any more. May be called while a request is answered."""
+        threading.Thread(target=self.__exit__).start()
+
     def answer(self, headers: Mapping[str, str], body: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
         with self._count:
             number = len(self.bodies)
