@@ -40,6 +40,7 @@ class ChatServer:
         self.times: list[float] = []
         self.seen: list[np.ndarray] = []
         self.under_way = self.most = 0
+        self.key = KEY
         self._count, self._model = threading.Lock(), threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self.http.daemon_threads = True
@@ -111,7 +112,7 @@ def _handler(server: ChatServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.headers.get("Authorization") != f"Bearer {KEY}":
+            if self.headers.get("Authorization") != f"Bearer {server.key}":
                 # as a careless server does, with the key in its words
                 told = f"Incorrect API key provided: {self.headers.get('Authorization')}"
                 status, headers, data = 401, {}, json.dumps({"error": {"message": told}}).encode()

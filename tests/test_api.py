@@ -119,7 +119,8 @@ def test_a_served_model_is_judged_as_the_same_model_here(sft: HuggingFaceVLM, tm
         "remote": {"requests": len(server.bodies), "served": ["tiny fp1"]}
     }
     assert next(m for m in told["models"] if m["name"] == "remote")["api"]["base_url"] == server.url
-    assert "cannot be fingerprinted" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "which called it tiny fp1. The weights behind a server cannot be fingerprinted" in page
     untold(tmp_path / "run", KEY)
 
 
@@ -249,7 +250,11 @@ def test_noise_outside_the_range_is_shown_as_an_8_bit_image_ends(sft: HuggingFac
 
 
 def test_fields_can_be_left_out_and_others_put_in(sft: HuggingFaceVLM) -> None:
-    with ChatServer(sft) as server:
+    with ChatServer(sft, lambda *_: (200, {}, b'{"choices": [{"message": {"content": "A"}}]}')) as server:
+        blind = load_model(ModelSpec.model_validate(remote(server.url) | {"prompt": "blind"}), SIDE)
+        batch = batch_of(blind, 1)
+        blind.answer(batch, batch.pixels)
+        assert [part["type"] for part in server.bodies.pop()["messages"][0]["content"]] == ["text"]
         vlm = served(server.url, omit=["temperature", "max_tokens"], body={"max_completion_tokens": 4})
         batch = batch_of(vlm, 1)
         vlm.answer(batch, batch.pixels)

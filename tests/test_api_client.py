@@ -122,9 +122,21 @@ def test_a_key_that_is_refused_ends_the_run_and_is_not_told(tmp_path: Path, monk
     assert f"refuses the key in ${VARIABLE} (HTTP 401: Incorrect API key provided: Bearer [key])" in str(refused)
     _, refused = asked(tmp_path, lambda *_: GOOD, key_env=None)
     assert isinstance(refused, AccessError) and "wants a key, which `key_env` names" in str(refused)
-    monkeypatch.delenv(VARIABLE)
-    with pytest.raises(ModelError, match=f"the environment variable {VARIABLE}, .* is not set"):
-        client(server.url, Calls(tmp_path / "calls", None, 2))
+    for given, told in (("", "is not set"), ("sk-a\nbad-secret", "no key has"), ("sk-gehe\u00efm", "no key has")):
+        monkeypatch.setenv(VARIABLE, given)
+        with pytest.raises(ModelError, match=f"the environment variable {VARIABLE}, .* {told}") as raised:
+            client(server.url, Calls(tmp_path / "calls", None, 2))
+        assert not given or given not in str(raised.value)
+
+
+def test_the_key_of_a_server_without_keys_may_be_a_word_of_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "B")
+    with ChatServer(None, lambda *_: GOOD) as server:
+        server.key = "B"
+        one = client(server.url, Calls(tmp_path / "calls", None, 2))
+        assert one.ask({}, lambda said: read_reply(said, PROMPTS["bare"])).text == "B"
 
 
 def test_a_model_that_is_not_there_ends_the_run_but_one_refused_question_does_not(tmp_path: Path) -> None:

@@ -127,8 +127,9 @@ def test_the_plan_foresees_the_requests(tmp_path: Path, capsys: pytest.CaptureFi
     # 4 questions: clean, noise at two eps, 10 queries at two eps, 60 samples
     expected = 4 * (1 + 2 + 2 * 10 + 60)
     assert plan["requests"] == {"gpt": {"most": expected, "unknown": [], "limit": 300, "sent": 0}}
-    (note,) = [text for text in plan["notes"] if text.startswith("gpt")]
-    assert "cannot be fingerprinted: at most 332 requests; the run stops at max_requests = 300" in note
+    served, attacked = [text for text in plan["notes"] if text.startswith("gpt")]
+    assert "cannot be fingerprinted: at most 332 requests; the run stops at max_requests = 300" in served
+    assert "its worst case is no match" in attacked
     assert cli.invoke(["plan", str(path), "--output", str(tmp_path / "run")]) == 0
     assert "gpt: at most 332 requests (max_requests 300), 0 sent" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -213,4 +214,8 @@ def _absent(suite: Suite) -> list[str]:
     missing = []
     if suite.data.name == "omnimedvqa" and not suite.data.root:
         missing.append("data.root names no folder; set SAFEMED_OMNIMEDVQA or --set data.root=FOLDER")
+    keys = {model.name: model.api.key_env for model in suite.models if model.api and model.api.key_env}
+    missing += [
+        f"{name}: ${key} is not set, which holds its key" for name, key in keys.items() if key not in os.environ
+    ]
     return missing + cards_of(suite)[1]

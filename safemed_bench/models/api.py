@@ -58,7 +58,7 @@ class ApiVLM:
         self.prompt, self._most, self.api = get_prompt(card.prompt), card.max_new_tokens, api
         self.randomised = api.temperature > 0
         self._home = tempfile.TemporaryDirectory(prefix="safemed-api-")  # until a run gives it a folder
-        self._calls = Calls(Path(self._home.name) / card.name, api.max_requests, api.concurrency)
+        self._calls = Calls(Path(self._home.name) / "calls", api.max_requests, api.concurrency)
         self._client = Client(api, lambda: self._calls.under_way())
         self._hopeless: dict[str, str] = {}
         self._anew = False
@@ -190,7 +190,7 @@ class ApiVLM:
 def data_url(image: NDArray[np.uint8]) -> str:
     """An (H, W, 3) picture as a PNG, without loss."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)  # higher ones take twice as long for a tenth
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -37,6 +37,9 @@ PAUSE, LONGEST_PAUSE = 0.5, 30.0
 LONGEST_WAIT = 300.0
 """Seconds that a server may ask to wait (Retry-After); asked for more, the run stops and can be resumed."""
 
+SECRET = 8
+"""Characters from which a key can be one; shorter ones are what servers without keys are given."""
+
 SHOWN = 300
 """Characters of a server's complaint that are shown."""
 
@@ -68,11 +71,7 @@ class Client:
 
     def __init__(self, api: ApiSpec, under_way: Callable[[], AbstractContextManager[None]]) -> None:
         self.api, self._under_way = api, under_way
-        self._key = os.environ.get(api.key_env, "").strip() if api.key_env else ""
-        if api.key_env and not self._key:
-            raise ModelError(
-                f"the environment variable {api.key_env}, which holds the key of {api.base_url}, is not set"
-            )
+        self._key = _key(api)
         loopback = urlsplit(api.base_url).hostname in ("localhost", "127.0.0.1", "::1")
         proxies = [urllib.request.ProxyHandler({})] if loopback else []
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
@@ -123,8 +122,9 @@ class Client:
             return ""
 
     def _clean(self, raw: bytes) -> str:
+        """Text without the key; one that is shorter than any secret may be a word of an answer, and stays."""
         text = raw.decode("utf-8", "replace")
-        return text.replace(self._key, "[key]") if self._key else text
+        return text.replace(self._key, "[key]") if len(self._key) >= SECRET else text
 
     def _refusal(self, status: int, headers: Message, text: str) -> Exception:
         """What a status other than 200 means."""
@@ -170,6 +170,18 @@ class Client:
             return
         with self._lock:
             self._not_before = max(self._not_before, time.monotonic() + trouble.after)
+
+
+def _key(api: ApiSpec) -> str:
+    """From the environment, "" where the suite names none. Raises ModelError where it is absent or is no key: one with
+    a line feed would be told in an error of the HTTP library."""
+    if api.key_env is None:
+        return ""
+    key = os.environ.get(api.key_env, "").strip()
+    if key and key.isascii() and key.isprintable():
+        return key
+    what = "holds characters that no key has" if key else "is not set"
+    raise ModelError(f"the environment variable {api.key_env}, for the key of {api.base_url}, {what}")
 
 
 def _complaint(text: str) -> tuple[str, str]:

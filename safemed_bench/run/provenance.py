@@ -18,6 +18,7 @@ from ..core.journal import write_atomic
 from ..core.types import LETTERS, Question, ThreatModel
 from ..models.api_calls import sent
 from ..suite.conditions import CODE_VERSIONS, asked
+from .artefacts import slug
 
 if TYPE_CHECKING:
     from ..suite.plan import Cell, Plan
@@ -49,7 +50,8 @@ class RunFile:
             self.session["hardware"].append(hardware)
 
     def finish(self, outcome: str, **values: Any) -> None:
-        served = sent(self._path.parent)
+        told = sent(self._path.parent)
+        served = {name: told[slug(name)] for name in (m["name"] for m in self._body["models"]) if slug(name) in told}
         self.session |= {"finished": now(), "outcome": outcome, **values} | ({"served": served} if served else {})
         self.write()
 

@@ -57,7 +57,7 @@ class ApiSpec(Part):
         except ValueError:
             known = False
         if not known:
-            raise ValueError(f"must be an address such as http://127.0.0.1:8000/v1, not '{value}'")
+            raise ValueError("must be an address such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(
                 "must hold no name, password or query, since it is stored; a key goes by `key_env`, the name of an "

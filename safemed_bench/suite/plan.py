@@ -19,7 +19,7 @@ from ..core.types import FROM, FitSet, Question, Unit
 from .conditions import CODE_VERSIONS, Condition, asked, conditions_for, corruptions_of, probes_of
 from .fitting import choose_fit, unfitted
 from .schema import ModelSpec, Suite
-from .served import Requests, requests_of
+from .served import Requests, requests_of, served_notes
 from .shuffle import choose_donors
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..models.card import ModelCard
 
 LEAST_CHUNK = 4
-BY_SERVER = "is answered by a server, whose weights cannot be fingerprinted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def build_plan(
     said += unfitted([cell.fit for cell in cells if cell.fit], questions)
     chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
     plan = Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
-    return replace(plan, notes=(*said, *(f"{name} {BY_SERVER}: {count}" for name, count in plan.requests.items())))
+    return replace(plan, notes=(*said, *served_notes(cells, plan.requests)))
 
 
 def _with_fit(

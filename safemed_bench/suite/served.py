@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,18 @@ def requests_of(cells: Sequence[Cell], counts: Counter[str]) -> dict[str, Reques
         api = own[0].model.api
         found[name] = Requests(most + clean * _votes(own[0].model), unknown, api.max_requests if api else None)
     return found
+
+
+def served_notes(cells: Sequence[Cell], requests: Mapping[str, Requests]) -> Iterator[str]:
+    """What the reader of a run should know of its entries behind an API."""
+    for name, count in requests.items():
+        yield f"{name} is answered by a server, whose weights cannot be fingerprinted: {count}"
+    attacked = dict.fromkeys(c.model.name for c in cells if c.model.api and c.condition.kind == "attack")
+    for name in attacked:
+        yield (
+            f"{name} is attacked by black boxes and other entries' images alone, so that its worst case is no match "
+            "for that of an entry whose gradient was climbed"
+        )
 
 
 def _needs_clean(cell: Cell) -> bool:
