@@ -27,6 +27,7 @@ from safemed_bench.core.types import Question
 from safemed_bench.models import load_model
 from safemed_bench.models.api import ApiVLM
 from safemed_bench.models.huggingface import HuggingFaceVLM
+from safemed_bench.run import probes
 from safemed_bench.suite.schema import ModelSpec
 
 SIDE, VARIABLE = 64, "SAFEMED_TEST_KEY"
@@ -237,6 +238,20 @@ def test_a_sampling_server_is_randomised_and_every_draw_has_its_seed(sft: Huggin
         assert vlm.randomised and not served(server.url).randomised
     seeds = [body["seed"] for body in server.bodies]
     assert seeds[0] == 5 and len(seeds) == 3 and len(set(seeds)) == 3
+
+
+def test_a_second_opinion_is_asked_for_and_not_kept() -> None:
+    """What the repeat probe rests on: a server that changes its mind is seen to, and the first answer stays."""
+
+    def fickle(number: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        return 200, {}, json.dumps({"choices": [{"message": {"content": "AB"[number % 2]}}]}).encode()
+
+    with ChatServer(None, fickle) as server:
+        vlm = served(server.url)
+        batch = batch_of(vlm, 1)
+        ((answer, extra),) = probes.repeat(vlm, batch)
+        assert (answer.index, extra["again"]) == (0, 1)
+        assert vlm.answer(batch, batch.pixels)[0].index == 0 and len(server.bodies) == 2
 
 
 def test_noise_outside_the_range_is_shown_as_an_8_bit_image_ends(sft: HuggingFaceVLM) -> None:
