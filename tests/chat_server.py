@@ -44,7 +44,8 @@ class ChatServer:
         self._count, self._model = threading.Lock(), threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        self.port = self.http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)

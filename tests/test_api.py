@@ -125,13 +125,27 @@ def test_a_served_model_is_judged_as_the_same_model_here(sft: HuggingFaceVLM, tm
     untold(tmp_path / "run", KEY)
 
 
+def test_workers_share_replies_and_the_bound_on_requests(sft: HuggingFaceVLM, tmp_path: Path) -> None:
+    """Two workers want the same clean answers at the same time; the server is slow enough for both to see none."""
+    two = {"workers": 2, "device": "cpu", "chunk": 4}
+    with ChatServer(sft, delay=0.3) as server:
+        path = suite(tmp_path, [remote(server.url, concurrency=3)], ["clean", SQUARE, "noise"], run=two)
+        assert run(path, tmp_path / "run") == 0
+        assert len({json.dumps(body) for body in server.bodies}) == len(server.bodies) and server.most == 3
+    with ChatServer(sft, port=server.port) as alone:
+        assert run(path, tmp_path / "alone", "--workers", "1") == 0
+    assert len(alone.bodies) == len(server.bodies)
+    both = [{k: verdict(r) for k, r in records(tmp_path / name).items()} for name in ("run", "alone")]
+    assert both[0] == both[1] and len(both[0]) == 12
+
+
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A tiny LLaVA as `transformers serve` serves it, in a process of its own."""
     pytest.importorskip("fastapi", reason="`transformers serve` needs fastapi, uvicorn and openai")
     folder = families.build("llava", tmp_path_factory.mktemp("llava"))
     with ChatServer(None) as free:
-        port = free.url.rpartition(":")[2].partition("/")[0]
+        port = str(free.port)
     program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
     words = ["serve", str(folder), "--port", port, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
     log = (folder.parent / "serve.log").open("w")
@@ -359,10 +373,9 @@ def test_a_server_that_dies_costs_nothing_that_was_answered(
     told = capsys.readouterr().err
     assert "cannot be reached" in told and "4 of 12 units are safe" in told and "go on with" in told
     assert len(records(tmp_path / "run")) == 4
-    port = int(server.url.rpartition(":")[2].partition("/")[0])
-    with ChatServer(sft, port=port) as back:
+    with ChatServer(sft, port=server.port) as back:
         assert run(path, tmp_path / "run") == 0
-    with ChatServer(sft, port=port) as whole:
+    with ChatServer(sft, port=server.port) as whole:
         assert run(path, tmp_path / "whole") == 0
     assert len(back.bodies) == len(whole.bodies) - 6, "the six that were answered are not asked again"
     stripped = [{k: verdict(r) for k, r in records(tmp_path / name).items()} for name in ("run", "whole")]

@@ -128,15 +128,10 @@ class ApiVLM:
 
         def ask(key: str) -> None:
             try:
-                if key in self._hopeless:
-                    raise RequestError(self._hopeless[key])
-                replies[key] = self._client.ask(bodies[key], lambda said: read_reply(said, self.prompt))
+                replies[key] = self._told_anew(bodies[key]) if self._anew else self._told(key, bodies[key])
             except RequestError as error:
                 self._hopeless[key] = str(error)
                 failed.append(error)
-                return
-            if not self._anew:
-                self._calls.keep(key, replies[key])
 
         with ThreadPoolExecutor(self.api.concurrency) as pool:
             running: list[Future[None]] = [pool.submit(ask, key) for key in bodies]
@@ -147,6 +142,20 @@ class ApiVLM:
         if failed:
             raise failed[0]
         return replies
+
+    def _told(self, key: str, body: dict[str, Any]) -> Reply:
+        """The reply to one request, from the server or from the worker that asked it meanwhile."""
+        if key in self._hopeless:
+            raise RequestError(self._hopeless[key])
+        with self._calls.claimed(key) as held:
+            if held:
+                return held
+            reply = self._told_anew(body)
+            self._calls.keep(key, reply)
+            return reply
+
+    def _told_anew(self, body: dict[str, Any]) -> Reply:
+        return self._client.ask(body, lambda said: read_reply(said, self.prompt))
 
     def _read(self, reply: Reply, question: Question) -> Answer:
         count = len(question.options)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from ..core.errors import IncompleteError
 
 FOLDER = "api"
-REPLIES, REQUESTS = "replies.jsonl", "requests"
+REPLIES, REQUESTS, CLAIMS = "replies.jsonl", "requests", ".claims"
 POLL = 0.005
 
 
@@ -43,13 +43,14 @@ class Reply:
 
 class Calls:
     """folder: of this entry, made where it is not there. limit: requests in all, None for any number. at_once: under
-    way at a time, over all processes that share the folder."""
+    way at a time, over all processes that share the folder. Keys of requests are hexadecimal."""
 
     def __init__(self, folder: Path, limit: int | None, at_once: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._limit, self._at_once = folder, limit, at_once
         self._held: dict[str, Reply] = {}
         self._read, self._lock = 0, threading.Lock()
+        self._claims = (folder / CLAIMS).open("ab")
 
     def held(self, key: str) -> Reply | None:
         """The reply to a request that this run has had an answer to, by whichever worker."""
@@ -77,6 +78,26 @@ class Calls:
         self._read += whole
         for key, reply in _lines(data[:whole]):
             self._held.setdefault(key, reply)
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[Reply | None]:
+        """While one worker asks for a reply no other does; it waits, and is given what the first was told."""
+        place = int(key[:8], 16)
+        while not self._claim(place):
+            time.sleep(POLL)
+        try:
+            yield self.held(key)
+        finally:
+            fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, place)
+
+    def _claim(self, place: int) -> bool:
+        """One byte of a file, a lock of the process: its own threads never want the same reply. Never waited for in the
+        kernel, which would take two processes of several threads for a deadlock."""
+        try:
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
