@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from chat_server import HANG_UP, KEY, ChatServer
+from transformers.utils.import_utils import is_serve_available
 
 from safemed_bench import cli
 from safemed_bench.core.errors import ModelError
@@ -125,6 +126,19 @@ def test_a_served_model_is_judged_as_the_same_model_here(sft: HuggingFaceVLM, tm
     untold(tmp_path / "run", KEY)
 
 
+def test_a_served_model_that_reasons_is_read_as_strictly(tmp_path: Path) -> None:
+    local = {"name": "local", "entry": "cot"}
+    vlm = load_model(ModelSpec.model_validate(local), SIDE, device="cpu", dtype="fp32")
+    assert isinstance(vlm, HuggingFaceVLM) and vlm.reasons
+    with ChatServer(vlm) as server:
+        own = {"prompt": vlm.card.prompt, "max_new_tokens": vlm.card.max_new_tokens}
+        path = suite(tmp_path, [local, remote(server.url) | own], ["clean", "noise"])
+        assert run(path, tmp_path / "run") == 0
+    ours, theirs = records(tmp_path / "run", "local"), records(tmp_path / "run")
+    assert {k: verdict(r) for k, r in theirs.items()} == {k: verdict(r) for k, r in ours.items()} and len(theirs) == 8
+    assert all(r["text"].startswith("<think>") for r in theirs.values())
+
+
 def test_workers_share_replies_and_the_bound_on_requests(sft: HuggingFaceVLM, tmp_path: Path) -> None:
     """Two workers want the same clean answers at the same time; the server is slow enough for both to see none."""
     two = {"workers": 2, "device": "cpu", "chunk": 4}
@@ -142,7 +156,8 @@ def test_workers_share_replies_and_the_bound_on_requests(sft: HuggingFaceVLM, tm
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A tiny LLaVA as `transformers serve` serves it, in a process of its own."""
-    pytest.importorskip("fastapi", reason="`transformers serve` needs fastapi, uvicorn and openai")
+    if not is_serve_available():
+        pytest.skip("`transformers serve` needs fastapi, uvicorn and openai")
     folder = families.build("llava", tmp_path_factory.mktemp("llava"))
     with ChatServer(None) as free:
         port = str(free.port)

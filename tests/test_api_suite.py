@@ -145,6 +145,25 @@ def test_each_answer_of_a_smoothed_or_sampling_entry_counts(tmp_path: Path, caps
     assert most(api=API | {"temperature": 1}) == 4 * (1 + 3 * (3 * 10 + 3))
 
 
+def test_a_plugins_black_box_works_and_its_requests_are_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Blind:
+        name, needs_objective = "blind-search", False
+
+    class Climber(Blind):
+        needs_objective = True
+
+    path = written(tmp_path, ["sft", entry()], ["clean", {"attack": "blind-search"}])
+    monkeypatch.setitem(registry.attacks._items, "blind-search", Climber)
+    assert "needs gradients or logits" in problem(path)[1]
+    monkeypatch.setitem(registry.attacks._items, "blind-search", Blind)
+    assert cli.invoke(["plan", str(path), "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["requests"]["gpt"]["most"] == 4 and len(plan["requests"]["gpt"]["unknown"]) == 3
+    assert any("beside what blind-search@linf:2/255, " in note for note in plan["notes"])
+
+
 @pytest.mark.parametrize("name", [n for n in ATTACKS if ATTACKS[n].queries > 1])
 def test_the_catalogue_knows_how_often_a_black_box_asks(name: str) -> None:
     assert inspect.signature(registry.attacks.get(name)).parameters["queries"].default == ATTACKS[name].queries
