@@ -27,6 +27,11 @@ Fault = Callable[[int, dict[str, Any]], tuple[int, Mapping[str, str], bytes] | N
 ANYTHING = Question("", "", "", "", ("a", "b", "c", "d"), 0, "", "", "", "")
 
 
+class Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64  # at the usual 5 a connection may wait a second to be taken
+
+
 class ChatServer:
     """As a context manager it listens. `bodies`: every request that came, `seen` the (H, W, 3) pictures in them, `most`
     how many were under way at a time. port 0 takes a free one."""
@@ -42,8 +47,7 @@ class ChatServer:
         self.under_way = self.most = 0
         self.key = KEY
         self._count, self._model = threading.Lock(), threading.Lock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
-        self.http.daemon_threads = True
+        self.http = Listener(("127.0.0.1", port), _handler(self))
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
