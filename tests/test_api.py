@@ -1,4 +1,4 @@
-"""Entries that a server answers for: the same verdicts as of the same model here, and runs that meet trouble."""
+"""Entries that a server answers for: the same verdicts as of the same model here."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ import families
 import numpy as np
 import pytest
 import torch
-import yaml
-from chat_server import HANG_UP, KEY, ChatServer
+from chat_server import KEY, ChatServer
+from served_run import LOCAL, SIDE, SQUARE, here, records, remote, run, suite, surround, untold, verdict
 from transformers.utils.import_utils import is_serve_available
 
-from safemed_bench import cli
 from safemed_bench.core.errors import ModelError
 from safemed_bench.core.types import Question
 from safemed_bench.models import load_model
@@ -31,64 +30,18 @@ from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.run import probes
 from safemed_bench.suite.schema import ModelSpec
 
-SIDE, VARIABLE = 64, "SAFEMED_TEST_KEY"
-LOCAL = {"name": "local", "entry": "sft", "decode": "generate"}
 PGD = {"attack": "pgd", "steps": 3, "models": ["local"]}
-SQUARE = {"attack": "square", "params": {"queries": 4, "feedback": "verdict"}}
 CERTIFY = {"certify": "cohen", "sigma": 0.1, "n": 12, "n0": 4, "per_modality": 1}
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("SAFEMED_") and n != "SAFEMED_CACHE"]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv(VARIABLE, KEY)
+    surround(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def sft() -> HuggingFaceVLM:
-    vlm = load_model(ModelSpec.model_validate(LOCAL), SIDE, device="cpu", dtype="fp32")
-    assert isinstance(vlm, HuggingFaceVLM)
-    return vlm
-
-
-def remote(url: str, **more: Any) -> dict[str, Any]:
-    api = {"base_url": url, "model": "tiny", "key_env": VARIABLE, "retries": 1, **more}
-    return {"name": "remote", "prompt": "bare", "max_new_tokens": 4, "api": api}
-
-
-def suite(folder: Path, models: list[Any], conditions: list[Any], **more: Any) -> str:
-    body = {
-        "name": "served",
-        "data": {"name": "phantom", "per_modality": 2, "filter": {"modality": ["CT", "OCT"]}},
-        "threat": {"eps": [8 / 255]},
-        "models": models,
-        "conditions": conditions,
-        "run": {"workers": 1, "device": "cpu", "chunk": 4},
-    }
-    path = folder / "served.yaml"
-    path.write_text(yaml.safe_dump(body | more))
-    return str(path)
-
-
-def run(path: str, folder: Path, *more: str) -> int:
-    return cli.invoke(["run", path, "--output", str(folder), "--quiet", *more])
-
-
-def records(folder: Path, model: str = "remote") -> dict[tuple[str, str], dict[str, Any]]:
-    name = "records.jsonl" if (folder / "records.jsonl").is_file() else "journal.jsonl"
-    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return {(r["condition"], r["question_id"]): r for r in lines if r["model"] == model}
-
-
-def verdict(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("answer", "status", "correct", "text", "letter", "linf", "radius", "error"))
-
-
-def untold(folder: Path, *keys: str) -> None:
-    """No key is in any file of a run's folder."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    assert files and not [str(file) for file in files for key in keys if key.encode() in file.read_bytes()]
+    return here(LOCAL)
 
 
 # -- the same verdicts
@@ -101,12 +54,12 @@ def test_a_served_model_is_judged_as_the_same_model_here(sft: HuggingFaceVLM, tm
     with ChatServer(sft) as server:
         path = suite(tmp_path, [LOCAL, remote(server.url)], cells, diagnostics=probes)
         assert run(path, tmp_path / "run") == 0
-    here, there = records(tmp_path / "run", "local"), records(tmp_path / "run")
+    ours, there = records(tmp_path / "run", "local"), records(tmp_path / "run")
     kinds = {condition.partition("@")[0] for condition, _ in there}
     assert kinds >= {"clean", "noise", "blank", "shuffled", "corruption[jpeg]", "square", "certify[sigma=0.1]"}
     assert kinds >= {"probe:repeat", "probe:square"} and "probe:gradient" not in kinds
     for (condition, question), record in there.items():
-        twin = here[condition.replace("<-local", ""), question]
+        twin = ours[condition.replace("<-local", ""), question]
         assert verdict(record) == verdict(twin), (condition, question)
         assert "pgd" not in condition or record["linf"] <= 8 / 255 + 1e-9
     answers = {r["answer"] for r in there.values()}
@@ -128,8 +81,8 @@ def test_a_served_model_is_judged_as_the_same_model_here(sft: HuggingFaceVLM, tm
 
 def test_a_served_model_that_reasons_is_read_as_strictly(tmp_path: Path) -> None:
     local = {"name": "local", "entry": "cot"}
-    vlm = load_model(ModelSpec.model_validate(local), SIDE, device="cpu", dtype="fp32")
-    assert isinstance(vlm, HuggingFaceVLM) and vlm.reasons
+    vlm = here(local)
+    assert vlm.reasons
     with ChatServer(vlm) as server:
         own = {"prompt": vlm.card.prompt, "max_new_tokens": vlm.card.max_new_tokens}
         path = suite(tmp_path, [local, remote(server.url) | own], ["clean", "noise"])
@@ -190,7 +143,7 @@ def _listens(url: str) -> bool:
 def test_transformers_serve_says_what_the_model_says_here(llava: tuple[Path, str], tmp_path: Path) -> None:
     """Another program, of strangers, on the same weights: every reply of every question is the same, word by word."""
     folder, url = llava
-    here = {"name": "local", "path": str(folder), "decode": "generate", "max_new_tokens": 12, "prompt": "instruct"}
+    local = {"name": "local", "path": str(folder), "decode": "generate", "max_new_tokens": 12, "prompt": "instruct"}
     there = {
         "name": "remote",
         "prompt": "instruct",
@@ -198,7 +151,7 @@ def test_transformers_serve_says_what_the_model_says_here(llava: tuple[Path, str
         "api": {"base_url": url, "model": str(folder)},
     }
     data = {"name": "phantom", "per_modality": 3, "resolution": 56, "filter": {"modality": ["CT", "OCT"]}}
-    assert run(suite(tmp_path, [here, there], ["clean", "noise"], data=data), tmp_path / "run") == 0
+    assert run(suite(tmp_path, [local, there], ["clean", "noise"], data=data), tmp_path / "run") == 0
     ours, theirs = records(tmp_path / "run", "local"), records(tmp_path / "run")
     assert len(theirs) == 12 and {key: verdict(r) for key, r in theirs.items()} == {
         k: verdict(r) for k, r in ours.items()
@@ -335,103 +288,3 @@ def test_the_fingerprint_is_of_all_that_changes_a_reply_and_of_nothing_else() ->
     others = [{"model": "large"}, {"base_url": "http://127.0.0.1:8/v1"}, {"prompt": "instruct"}, {"max_new_tokens": 5}]
     others += [{"temperature": 0.5}, {"seed": 1}, {"logprobs": True}, {"omit": ["seed"]}, {"body": {"top_p": 0.9}}]
     assert len(same) == 1 and len({fingerprint(**more) for more in others} - same) == len(others)
-
-
-# -- runs that meet trouble
-
-
-def test_a_question_that_gets_no_answer_is_missing_and_no_other(sft: HuggingFaceVLM, tmp_path: Path) -> None:
-    poison: list[str] = []
-
-    def choosy(number: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes] | None:
-        picture = body["messages"][0]["content"][0]["image_url"]["url"]
-        poison[:] = poison or [picture]
-        return (400, {}, b'{"error": {"message": "picture refused"}}') if picture == poison[0] else None
-
-    with ChatServer(sft, choosy) as server:
-        path = suite(tmp_path, [remote(server.url)], ["clean", "noise"])
-        assert run(path, tmp_path / "run") == 3
-        assert run(path, tmp_path / "run", "--fail-on-error", "0.2") == 0
-        asked = len(server.bodies)
-        server.fault = None
-        assert run(path, tmp_path / "run", "--retry-errors") == 0
-        assert len(server.bodies) == asked + 1, "only the one that had no answer is asked again"
-    found = records(tmp_path / "run")
-    assert len(found) == 8 and not any(record["error"] for record in found.values())
-    first = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    (missing,) = [r for r in first if r["error"]]
-    assert (
-        "picture refused" in missing["error"] and missing["answer"] is missing["correct"] is missing["status"] is None
-    )
-
-
-def test_a_reply_that_is_not_json_is_missing_and_never_wrong(sft: HuggingFaceVLM, tmp_path: Path) -> None:
-    with ChatServer(sft, lambda *_: (200, {}, b"<html>")) as server:
-        assert run(suite(tmp_path, [remote(server.url, retries=0)], ["clean"]), tmp_path / "run") == 3
-    found = records(tmp_path / "run").values()
-    assert len(found) == 4 and all("no chat completion" in r["error"] and r["correct"] is None for r in found)
-
-
-def test_a_server_that_dies_costs_nothing_that_was_answered(
-    sft: HuggingFaceVLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def dying(number: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes] | None:
-        if number < 6:
-            return None
-        server.die()
-        return HANG_UP
-
-    cells = ["clean", "noise", SQUARE]
-    with ChatServer(sft, dying) as server:
-        path = suite(tmp_path, [remote(server.url, concurrency=1)], cells)
-        assert run(path, tmp_path / "run") == 3
-    told = capsys.readouterr().err
-    assert "cannot be reached" in told and "4 of 12 units are safe" in told and "go on with" in told
-    assert len(records(tmp_path / "run")) == 4
-    with ChatServer(sft, port=server.port) as back:
-        assert run(path, tmp_path / "run") == 0
-    with ChatServer(sft, port=server.port) as whole:
-        assert run(path, tmp_path / "whole") == 0
-    assert len(back.bodies) == len(whole.bodies) - 6, "the six that were answered are not asked again"
-    stripped = [{k: verdict(r) for k, r in records(tmp_path / name).items()} for name in ("run", "whole")]
-    assert stripped[0] == stripped[1] and len(stripped[0]) == 12
-
-
-def test_a_key_that_is_refused_stops_the_run_and_is_nowhere(
-    sft: HuggingFaceVLM, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(VARIABLE, wrong := "sk-wrong-0b1e55")
-    with ChatServer(sft) as server:
-        assert run(suite(tmp_path, [remote(server.url)], ["clean", "noise"]), tmp_path / "run") == 2
-    said = capfd.readouterr()
-    assert f"refuses the key in ${VARIABLE} (HTTP 401" in said.err and wrong not in said.err + said.out
-    untold(tmp_path / "run", wrong, KEY)
-    monkeypatch.delenv(VARIABLE)
-    with ChatServer(sft) as server:
-        assert run(suite(tmp_path, [remote(server.url)], ["clean"]), tmp_path / "none") == 2
-    assert f"environment variable {VARIABLE}" in capfd.readouterr().err and not server.bodies
-
-
-def test_a_budget_ends_the_run_with_its_count_and_can_be_raised(
-    sft: HuggingFaceVLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with ChatServer(sft) as server:
-        path = suite(tmp_path, [remote(server.url, max_requests=6, concurrency=2)], ["clean", "noise"])
-        assert run(path, tmp_path / "run") == 3
-        told = capsys.readouterr().err
-        assert "6 requests were sent, and max_requests is 6" in told and "4 of 8 units are safe" in told
-        assert len(server.bodies) == 6
-        assert run(path, tmp_path / "run") == 3 and len(server.bodies) == 6, "sessions count together"
-        assert run(path, tmp_path / "run", "--set", "models.0.api.max_requests=8") == 0
-        assert len(server.bodies) == 8 and len(records(tmp_path / "run")) == 8
-        assert run(path, tmp_path / "run", "--no-resume") == 3 and len(server.bodies) == 14, "a new run, asked anew"
-
-
-def test_a_smoothed_entry_is_the_majority_of_its_replies(sft: HuggingFaceVLM, tmp_path: Path) -> None:
-    smooth = {"smooth": {"sigma": 0.1, "n": 12}}
-    with ChatServer(sft) as server:
-        path = suite(tmp_path, [LOCAL | smooth, remote(server.url) | smooth], ["clean"])
-        assert run(path, tmp_path / "run") == 0
-    ours, theirs = records(tmp_path / "run", "local"), records(tmp_path / "run")
-    assert {k: verdict(r) for k, r in theirs.items()} == {k: verdict(r) for k, r in ours.items()}
-    assert len(server.bodies) == 4 * 12
