@@ -9,11 +9,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..core import registry
 from ..core.errors import ModelError, UsageError
 from .prompts import get_prompt
+
+if TYPE_CHECKING:
+    from ..suite.api import ApiSpec
 
 Decode = Literal["logprob", "generate"]
 Quantize = Literal["int8", "nf4"]
@@ -63,10 +66,12 @@ class ModelCard:
 
 
 def resolve(spec: Spec) -> ModelCard:
-    """The card of a suite's model entry: a registered name, a local folder, or a Hugging Face hub id.
+    """The card of a suite's model entry: a registered name, a local folder, a Hugging Face hub id, or a server's.
 
     Raises ModelError where the weights are not on this machine, saying where they were looked for.
     """
+    if (api := getattr(spec, "api", None)) is not None:
+        return _served(spec, api)
     if spec.path is None:
         return _registered(spec)
     return card_from_folder(spec.name, locate(spec.path, spec.revision), spec)
@@ -94,6 +99,40 @@ def _registered(spec: Spec) -> ModelCard:
         fingerprint=_digest(f"{identity}\x1f{registry.models.source(name)}".encode()),
         description=(item.__doc__ or "").strip().split("\n")[0],
         dtype=spec.dtype,
+    )
+
+
+AS_SERVED = "as served"
+API_VERSION = 1
+"""Of the code that makes a request and reads its reply; goes into fingerprints."""
+
+
+def _served(spec: Spec, api: ApiSpec) -> ModelCard:
+    """An entry behind an API. Its fingerprint is of the address, the model's name there and all that a request says;
+    of the weights there can be none."""
+    prompt, most = get_prompt(spec.prompt or "instruct"), spec.max_new_tokens or 256
+    asked = [
+        api.base_url,
+        api.model,
+        prompt.template,
+        most,
+        api.temperature,
+        api.seed,
+        api.logprobs,
+        api.omit,
+        api.body,
+    ]
+    identity = json.dumps([*asked, EXTRACTION_VERSION, API_VERSION], sort_keys=True)
+    return ModelCard(
+        name=spec.name,
+        path="",
+        prompt=prompt.name,
+        decode="generate",
+        max_new_tokens=most,
+        reasons=prompt.reasons,
+        fingerprint=_digest(identity.encode()),
+        description=f"{api.model}, as {api.base_url} answers",
+        dtype=AS_SERVED,
     )
 
 

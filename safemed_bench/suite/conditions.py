@@ -171,13 +171,14 @@ def probes_of(suite: Suite, model: ModelSpec, conditions: Sequence[Condition]) -
     """What `diagnostics: {level: probe}` asks of an entry beside the suite's conditions, on a part of the questions.
 
     The deployed path twice (`probe:repeat`), the gradient against finite differences (`probe:gradient`; a smoothed
-    entry's attacks climb its base), and every attack of the headline eps at eps 0 and on the whole box.
+    entry's attacks climb its base, and a server shows no gradient), and every attack of the headline eps at eps 0 and
+    on the whole box.
     """
     if suite.diagnostics.level != "probe":
         return
     share, side = suite.diagnostics.share, model.resolution or suite.data.resolution
     yield Condition("repeat", f"{PROBE}repeat", share=share)
-    if model.smooth is None:
+    if model.smooth is None and model.api is None:
         yield Condition("gradient", f"{PROBE}gradient", share=share)
     norm = suite.threat.norm
     unbounded = {"linf": 1.0, "l2": math.sqrt(3) * side, "l1": 3.0 * side * side}[norm]
