@@ -387,6 +387,7 @@ def main() -> None:
     parser.add_argument("--entry", action="append", help="default: sft and safemed-r1")
     parser.add_argument("--quick", action="store_true", help="sft, 8 questions, PGD-10 x 2, one round: under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the tables on stderr")
+    parser.add_argument("--only", choices=("speed", "strength"), help="one of the two tables")
     parser.add_argument("--questions", type=int, help="attacked; default 32, and 8 with --quick")
     parser.add_argument("--rounds", type=int, help="default 5, and 1 with --quick")
     parser.add_argument("--cpu-time", action="store_true", help="processor seconds, for a machine that is not idle")
@@ -402,12 +403,13 @@ def main() -> None:
         warnings.simplefilter("ignore")
         for entry in given.entry or (["sft"] if quick else ["sft", "safemed-r1"]):
             bench = Bench(entry, size, clock)
-            found, works[entry] = bench.speed()
-            cases += [case.row() for case in found]
-            strengths += [] if quick else bench.strength()
+            if given.only != "strength":
+                found, works[entry] = bench.speed()
+                cases += [case.row() for case in found]
+            if given.only != "speed" and not quick:
+                strengths += bench.strength()
     print(f"eps 4/255, one thread, median of {size.rounds}", file=sys.stderr if given.json else sys.stdout)
-    tables = [table(cases, [*cases[0]])]
-    tables += [table(strengths, [*strengths[0]])] if strengths else []
+    tables = [table(rows, [*rows[0]]) for rows in (cases, strengths) if rows]
     tables += [
         f"{entry}: forward passes a step: { {k: round(v, 2) for k, v in w.items()} }" for entry, w in works.items()
     ]

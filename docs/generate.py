@@ -154,6 +154,7 @@ PARTS: dict[str, type[BaseModel]] = {
     "threat": schema.ThreatSpec,
     "models": schema.ModelSpec,
     "smooth": schema.SmoothSpec,
+    "api": schema.ApiSpec,
     "conditions": ConditionSpec,
     "diagnostics": schema.DiagnosticsSpec,
     "run": schema.RunSpec,

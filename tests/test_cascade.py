@@ -86,8 +86,8 @@ def test_the_standard_is_what_it_says():
     assert labels == ["fgsm[answer]", "pgd[answer]", "apgd[margin]", "apgd[targeted_margin]", "square"]
     labels = [stage.label for stage in SafeMedAttack().stages(True)]
     assert labels == [
-        "fgsm[decision_slot]", "pgd[decision_slot]", "pgd[rationale_answer]", "pgd[answer]", "pgd[no_think]",
-        "pgd[targeted]", "apgd[decision_slot]", "apgd[targeted_margin]", "square",
+        "fgsm[decision_slot]", "pgd[decision_slot]", "pgd[decisive_slot]", "pgd[rationale_answer]", "pgd[answer]",
+        "pgd[no_think]", "pgd[targeted]", "pgd[regenerated]", "apgd[decision_slot]", "apgd[targeted_margin]", "square",
     ]  # fmt: skip
     kinds = [stage.attack for stage in SMALL.stages(False)]
     assert kinds == [FGSM(), PGD(steps=3), APGD(steps=5), APGD(steps=5, restarts=3), Square(queries=6)]

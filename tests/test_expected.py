@@ -11,14 +11,16 @@ from toy_model import TOKEN, ToyVLM, generators, toy_batch
 from safemed_bench.attacks import applies, build_attack, build_objective, standard_objectives
 from safemed_bench.attacks.expected import TEXTS, ExpectedPrompts, ExpectedRationales
 from safemed_bench.attacks.objectives import own_tokens
+from safemed_bench.attacks.regenerated import EVERY
 from safemed_bench.attacks.slots import find_slot, find_slots
 from safemed_bench.core.errors import UsageError
 from safemed_bench.core.types import LETTERS, ThreatModel
 
+THREAT = ThreatModel("linf", 0.01)
 EXPECTED = ("expected_rationales", "expected_prompts")
 
 
-@pytest.mark.parametrize("name", (*EXPECTED, "stop_reasoning", "decisive_slot"))
+@pytest.mark.parametrize("name", (*EXPECTED, "stop_reasoning", "decisive_slot", "regenerated"))
 def test_they_are_for_entries_that_reason_and_are_asked_for_by_name(name):
     assert applies(name, True) and not applies(name, False) and name not in standard_objectives(True)
 
@@ -175,3 +177,48 @@ def test_all_places_are_found_and_the_first_is_the_decision_slot():
     assert [slot.position for slot in found] == [2, 6]
     assert found[0] == find_slot(("cyst", "mass"), 1, reply, model.encode, model.decode_text)
     assert find_slots(("left", "skin"), 0, reply, model.encode, model.decode_text) == ()
+
+
+def test_a_rationale_is_written_anew_on_the_present_picture_every_few_readings():
+    """Held against the answer objective given what the model says of that very picture."""
+    model = ToyVLM(reasons=True)
+    batch, answers = toy_batch(model, 8, wrong_every=0)
+    prepared = build_objective("regenerated").prepare(model, batch, answers)
+    other = (batch.pixels + 0.3 * torch.randn(batch.pixels.shape, generator=generators(1)[0])).clamp(0, 1)
+    old = build_objective("answer").prepare(model, batch, answers)(other).loss
+    for _ in range(EVERY - 1):
+        assert torch.allclose(prepared(other).loss, old)
+    now = model.answer(batch, other)
+    said = build_objective("answer").prepare(model, batch, now)(other)
+    reading = prepared(other)
+    assert torch.allclose(reading.loss, said.loss) and not torch.allclose(reading.loss, old)
+    wrong = torch.tensor([a.index != q.answer for a, q in zip(now, batch.questions, strict=True)])
+    assert wrong.any() and reading.suspects[wrong].all()
+    assert torch.allclose(prepared.turn(1)(other).loss, old)
+
+
+def test_when_a_rationale_is_written_anew_depends_on_the_question_alone():
+    model, (attack, threat) = ToyVLM(reasons=True), (build_attack("pgd", {"steps": 12, "restarts": 2}), THREAT)
+    batch, answers = toy_batch(model, 8, wrong_every=0)
+    goal = build_objective("regenerated")
+    whole = attack(model, batch, goal, threat, generators=generators(8), clean_answers=answers)
+    for row in (0, 5, 7):
+        part = attack(
+            model,
+            batch.select([row]),
+            goal,
+            threat,
+            generators=[generators(8)[row]],
+            clean_answers=[answers[row]],
+        )
+        assert torch.equal(part.adversarial[0], whole.adversarial[row]) and part.success[0] == whole.success[row]
+    assert 0 < int(whole.success.sum()) < 8
+
+
+def test_a_model_that_cannot_go_on_has_the_last_place_unproved():
+    model, bare = ToyVLM(reasons=True), ToyVLM(reasons=True)
+    batch, answers = toy_batch(model, 4, wrong_every=0)
+    bare.completed = None
+    proved, unproved = (build_objective("decisive_slot").prepare(m, batch, answers) for m in (model, bare))
+    assert [note["slot"] for note in unproved.extra] == [note["slot"] for note in proved.extra]
+    assert {note["moves"] for note in unproved.extra} == {None}

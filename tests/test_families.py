@@ -1,32 +1,36 @@
-"""Five families through the one adapter: self-check, batching, padding, gradient, prompts and generation."""
+"""Every family through the one adapter: self-check, batching, padding, gradient, prompts and generation."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, NATIVE, build
+from families import FAMILIES, TILING, build, lacks
+from measured_family import (
+    THREAT,
+    attacked,
+    load,
+    map_error,
+    prepared,
+    processed,
+    replies,
+    straight_through,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from safemed_bench.attacks.threat import check
 from safemed_bench.core.errors import ModelError
-from safemed_bench.core.types import Question
-from safemed_bench.models import load_model
 from safemed_bench.models.answers import fork
-
-STEMS = (
-    "What is shown?",
-    "Which imaging modality was most probably used to acquire the picture that you see here?",
-    "Is it normal?",
-)
+from safemed_bench.models.loading import compute_dtype, torch_dtype
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
+    if reason := lacks(request.param):
+        pytest.skip(reason)
     return request.param
 
 
@@ -35,41 +39,14 @@ def folder(family, tmp_path_factory):
     return build(family, tmp_path_factory.mktemp(family))
 
 
-def load(family, folder, **more):
-    options = {"revision": None, "prompt": None, "decode": None, "max_new_tokens": 6, "dtype": None, "adapter": None}
-    spec = SimpleNamespace(**({"name": family, "path": str(folder)} | options | more))
-    return load_model(spec, NATIVE[family], device="cpu")
-
-
 @pytest.fixture(scope="module")
 def model(family, folder):
     return load(family, folder)
 
 
-def questions():
-    """Prompts of different lengths and with 2 to 4 options, so that padding and absent options occur."""
-    return [
-        Question(
-            id=str(i),
-            image=f"{i}.png",
-            image_sha256=hashlib.sha256(bytes([i])).hexdigest(),
-            question=stem,
-            options=("cyst", "normal", "fracture of the rib", "mass")[: 2 + i],
-            answer=i % 2,
-            modality="CT",
-            question_type="Disease Diagnosis",
-            source="made up",
-            split="test",
-        )
-        for i, stem in enumerate(STEMS)
-    ]
-
-
 @pytest.fixture(scope="module")
-def batch(family, model):
-    side = NATIVE[family]
-    canvas = np.random.default_rng(5).integers(0, 256, (len(STEMS), 3, side, side), dtype=np.uint8)
-    return model.prepare(questions(), torch.from_numpy(canvas))
+def batch(model):
+    return prepared(model)
 
 
 def test_self_check_passes(model, batch):
@@ -80,7 +57,7 @@ def test_self_check_passes(model, batch):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_self_check_passes_in_half_precision(family, folder, dtype):
     """Loading checks itself; the finite difference must not drown in rounding."""
-    assert next(load(family, folder, dtype=dtype).model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    assert compute_dtype(load(family, folder, dtype=dtype).model) == torch_dtype(dtype, torch.device("cpu"))
 
 
 def test_letters_may_be_merged_with_what_stands_before_them(family, model, batch):
@@ -126,7 +103,7 @@ def test_left_padding_changes_nothing(model, batch):
     """A question prepared alone (no padding) against the same one in a batch with a longer one."""
     with torch.no_grad():
         together = model.option_logits(batch, batch.pixels)
-        for i, question in enumerate(questions()):
+        for i, question in enumerate(batch.questions):
             alone = model.prepare([question], batch.canvas[i : i + 1])
             assert alone.inputs["attention_mask"].all()
             k = len(question.options)
@@ -135,35 +112,32 @@ def test_left_padding_changes_nothing(model, batch):
     assert not batch.inputs["attention_mask"].all()
 
 
-def chat_inputs(model, question, canvas):
-    """What the family's own processor makes of a question in one call, template and tokens included."""
-    image = canvas.permute(1, 2, 0).numpy()
-    parts = [{"type": "image", "image": image}, {"type": "text", "text": model.prompt.user_text(question)}]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return model.processor.apply_chat_template([{"role": "user", "content": parts}], **options)
-
-
 def test_prompt_is_the_one_of_the_real_processor(model, batch):
     """Token by token: one BOS, all image tokens, nothing else."""
     for i, question in enumerate(batch.questions):
-        real = chat_inputs(model, question, batch.canvas[i])
+        real = processed(model, question, batch.canvas[i])
         kept = batch.inputs["attention_mask"][i].bool()
         assert batch.inputs["input_ids"][i][kept].tolist() == real["input_ids"][0].tolist()
 
 
-def test_option_logits_equal_the_stock_forward(model, batch):
-    """Positions, token types and pixels as the stock model itself would make them of the processor's output."""
-    question = questions()[1]
-    one = model.prepare([question], batch.canvas[1:2])
+def test_option_logits_equal_the_stock_forward(family, model, batch):
+    """Positions, token types, masks and pixels as the stock model itself would make them of the processor's output."""
+    one = model.prepare(batch.questions[1:2], batch.canvas[1:2])
     tokens, letters = fork(model.encode, model.answer_prefix(), model.prompt.closing)
-    ids = torch.cat([one.inputs["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
-    image = batch.canvas[1].permute(1, 2, 0).numpy()
-    inputs = model.processor.image_processor([image], return_tensors="pt")
-    extras = {k: v for k, v in inputs.items() if k not in model.processor.unused_input_names}
+    inputs = processed(model, batch.questions[1], batch.canvas[1])
+    more = {
+        "input_ids": torch.tensor([tokens], dtype=torch.long),
+        "attention_mask": torch.ones(1, len(tokens), dtype=torch.long),
+        # After PaliGemma's prefix comes the reply, which is of the other type; elsewhere 1 is for image tokens.
+        "token_type_ids": torch.full((1, len(tokens)), int(family == "paligemma2")),
+        "mm_token_type_ids": torch.zeros(1, len(tokens), dtype=torch.long),
+    }
+    inputs |= {key: torch.cat([inputs[key], value], 1) for key, value in more.items() if key in inputs}
+    if "cross_attention_mask" in inputs:
+        mask = inputs["cross_attention_mask"]
+        inputs["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, len(tokens), -1, -1)], 1)
     with torch.no_grad():
-        stock = model.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **model.chat.token_types(ids), **extras
-        ).logits[0, -1]
+        stock = model.model(**inputs).logits[0, -1]
         ours = model.option_logits(one, one.pixels)[0]
     assert (stock.log_softmax(-1)[list(letters[:3])] - ours).abs().max() <= 1e-4
 
@@ -203,23 +177,61 @@ def test_answer_by_log_probability(model, batch):
         assert len(answer.option_logprobs) == len(question.options)
 
 
-def test_answer_by_generation_equals_stock_generate(family, folder, batch):
+@pytest.fixture(scope="module")
+def reasoning(family, folder):
+    return load(family, folder, prompt="think", decode="generate")
+
+
+def test_answer_by_generation_equals_stock_generate(reasoning, batch):
     """A random model writes nonsense: invalid or truncated, never forced to a letter; token for token the stock's."""
-    reasoning = load(family, folder, prompt="think", decode="generate")
-    prepared = reasoning.prepare(batch.questions, batch.canvas)
-    end = reasoning.model.generation_config.eos_token_id
-    for i, answer in enumerate(reasoning.answer(prepared, prepared.pixels)):
-        assert answer.status in ("invalid", "truncated") and answer.index is None
-        inputs = chat_inputs(reasoning, batch.questions[i], batch.canvas[i])
-        kept = {k: v for k, v in inputs.items() if k not in reasoning.processor.unused_input_names}
-        reply = reasoning.model.generate(**kept, max_new_tokens=6, do_sample=False)[0, kept["input_ids"].shape[1] :]
-        assert list(answer.tokens) == [token for token in reply.tolist() if token != end]
+    asked = reasoning.prepare(batch.questions, batch.canvas)
+    assert all(a.status in ("invalid", "truncated") and a.index is None for a in reasoning.answer(asked, asked.pixels))
+    assert all(ours == stock for ours, stock in replies(reasoning, asked))
+
+
+def test_a_reply_is_scored_as_it_was_written(reasoning, batch):
+    """Teacher-forced, each token of a greedy reply is the likeliest after those before it: none sees a later one."""
+    asked = reasoning.prepare(batch.questions, batch.canvas)
+    written = [answer.tokens for answer in reasoning.answer(asked, asked.pixels)]
+    inputs, tail, mask = reasoning._join(asked.inputs, written)
+    with torch.no_grad():
+        logits = reasoning._logits(inputs, reasoning.pixel_values(asked.pixels), tail.shape[1] + 1)[:, :-1]
+    assert mask.sum() > 0 and torch.equal(logits.argmax(-1)[mask.bool()], tail[mask.bool()])
+
+
+def test_pgd_fools_the_deployed_path(model):
+    """A whole attack: the loss rises, the ball is kept, and the verdicts are those of the saved 8-bit images."""
+    batch, result = attacked(model)
+    assert result.attacked.all() and (result.dead_gradients == 0).all()
+    gain = result.final_loss - result.start_loss
+    assert (gain >= 0).all() and (gain > 0).sum() >= 4 and result.success.sum() >= 2
+    check(THREAT, batch.canvas, result.adversarial)
+    again = model.answer(batch, result.adversarial.float() / 255)
+    assert [a.index != q.answer for a, q in zip(again, batch.questions, strict=True)] == result.success.tolist()
+
+
+def test_rounding_inside_the_processor_hardly_turns_the_gradient(family, model, batch):
+    assert straight_through(model, batch) >= (0.99 if family in TILING else 1 - 1e-5)
+
+
+def test_the_real_processor_makes_what_the_map_says(model, batch):
+    assert map_error(model, batch) <= 1e-5
+
+
+@pytest.mark.parametrize("resolution", [(56, 112), (112, 56)], ids=str)
+def test_two_tiles_beside_or_above_each_other(family, folder, resolution):
+    """Another grid: other prompts and masks, the thumbnail squeezed along one side only."""
+    if family not in (*TILING, "mllama"):
+        return
+    model = load(family, folder, resolution=resolution, prompt="think", decode="generate")
+    batch = prepared(model)
+    assert map_error(model, batch) <= 1e-5
+    assert all(ours == stock for ours, stock in replies(model, batch))
 
 
 def test_a_checkpoint_with_missing_weights_is_refused(family, folder, tmp_path):
     """transformers only warns, and fills the hole with random numbers."""
-    for file in folder.iterdir():
-        shutil.copy(file, tmp_path)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     lost = next(name for name in sorted(weights) if "vision" in name or "visual" in name)
     save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})

@@ -17,7 +17,7 @@ from safemed_bench.models.tiny import build, save
 
 
 def spec(**values):
-    fields = ("path", "revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter")
+    fields = ("path", "revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter", "quantize")
     return SimpleNamespace(**{name: None for name in fields} | {"name": "m"} | values)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import NATIVE, build
-from test_shortcuts import CACHED, batch_for, options, spec, token_loss
+from families import FAMILIES, build, lacks
+from measured_family import load, prepared
+from test_shortcuts import options, token_loss
 
-from safemed_bench.models import load_model
 from safemed_bench.models.generation import cache_options
 from safemed_bench.models.recompute import recompute
 from safemed_bench.models.transfer import upload
@@ -16,16 +16,17 @@ from safemed_bench.run.batching import BatchSizer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("family", CACHED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_scores_and_replies_of_the_cpu(family, tmp_path):
+    if reason := lacks(family):
+        pytest.skip(reason)
     folder, found = build(family, tmp_path), []
     for device in ("cpu", "cuda"):
-        asked = spec(family, folder, dtype="fp32", prompt="think", decode="generate")
-        vlm = load_model(asked, NATIVE[family], device=device)
-        batch = batch_for(vlm)
+        vlm = load(family, folder, device=device, dtype="fp32", prompt="think", decode="generate")
+        batch = prepared(vlm)
         with torch.no_grad():
             found.append((options(vlm, batch, batch.pixels).cpu(), vlm.answer(batch, batch.pixels)))
-    assert cache_options(vlm), "a static cache"
+    assert bool(cache_options(vlm)) == getattr(vlm.model, "_can_compile_fullgraph", False), "a static cache"
     assert (found[0][0] - found[1][0]).abs().max() <= 1e-3
     assert [a.tokens for a in found[0][1]] == [a.tokens for a in found[1][1]]
 
@@ -48,8 +49,8 @@ def test_uploads_wait_for_nobody_and_arrive():
 
 
 def test_computing_twice_lowers_the_peak(tmp_path):
-    vlm, peaks = load_model(spec("qwen3_vl", build("qwen3_vl", tmp_path), dtype="fp32"), 64, device="cuda"), []
-    batch = batch_for(vlm)
+    vlm, peaks = load("qwen3_vl", build("qwen3_vl", tmp_path), device="cuda", dtype="fp32"), []
+    batch = prepared(vlm)
     for on in (False, True):
         recompute(vlm.model, on=on)
         torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, NATIVE, build
+from families import NATIVE, TRAINED, build
 from torch.nn.parallel import DistributedDataParallel
 from transformers.cache_utils import DynamicCache
 
@@ -27,7 +27,7 @@ GROUP = 2
 """Two replies to each of three prompts, so that tiling (0 1 2 0 1 2) is not interleaving (0 0 1 1 2 2)."""
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=TRAINED)
 def family(request):
     return request.param
 

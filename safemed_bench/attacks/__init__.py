@@ -28,7 +28,9 @@ CODE_VERSION = 1
 class AttackInfo:
     """target: `module:Class`. parameters: what a suite may set, beside the objectives. objectives: whether it takes
     any; a black box and a cascade do not. needs_sigma: of the noise, from the suite or from a smoothed entry. accepts:
-    the only objectives it can climb, () for all. norms: of the ball. why: it is limited to these two."""
+    the only objectives it can climb, () for all. norms: of the ball. why: it is limited to these two. queries: of a
+    black box, which sees answers and no gradient: how often it asks of a question, unless a suite says otherwise; 0 for
+    an attack that climbs."""
 
     target: str
     summary: str
@@ -38,6 +40,7 @@ class AttackInfo:
     accepts: tuple[str, ...] = ()
     norms: tuple[Norm, ...] = ("linf", "l2", "l1")
     why: str = ""
+    queries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ ATTACKS: dict[str, AttackInfo] = {
         "random search on option scores or verdicts, no gradient (Andriushchenko, 1912.00049)",
         ("queries", "feedback", "share"),
         objectives=False,
+        queries=500,
     ),
     "safemed-attack": AttackInfo(
         "safemed_bench.attacks.cascade:SafeMedAttack",
@@ -111,6 +115,7 @@ ATTACKS: dict[str, AttackInfo] = {
         "images made elsewhere, by question id: a folder of pictures or .npz files; audited, then shown to the entry",
         ("path",),
         objectives=False,
+        queries=1,
     ),
 }
 
@@ -127,6 +132,7 @@ def _art(name: str, summary: str, *parameters: str, objectives: bool = True) -> 
             "ART climbs a function of a classifier's logits, which are the options' scores at the answer position; in "
             "the L1 ball its steps and projection are approximate and its Square does nothing"
         ),
+        queries=0 if objectives else 500,
     )
 
 
@@ -181,6 +187,12 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
     "decisive_slot": ObjectiveInfo(
         "safemed_bench.attacks.decisive:DecisiveSlot",
         "margin between the options at the place of the rationale whose change moves the answer",
+        True,
+        standard=False,
+    ),
+    "regenerated": ObjectiveInfo(
+        "safemed_bench.attacks.regenerated:Regenerated",
+        "cross-entropy of the true letter after a rationale that is written anew every few steps",
         True,
         standard=False,
     ),
@@ -248,6 +260,12 @@ def needs_objective(attack: str) -> bool:
     brings its own. Raises UsageError for an unknown name."""
     info = ATTACKS.get(attack)
     return info.objectives if info else bool(getattr(registry.attacks.get(attack), "needs_objective", True))
+
+
+def black_box(attack: str) -> bool:
+    """Whether an attack asks for answers alone: neither for a gradient nor for what is inside the model."""
+    info = ATTACKS.get(attack)
+    return info.queries > 0 if info else not needs_objective(attack)
 
 
 def fitted_on(attack: str, parameters: Mapping[str, Any]) -> tuple[str, int] | None:

@@ -136,7 +136,8 @@ class SafeMedAttack(Cascade):
     """The standard of this benchmark: FGSM, PGD on every standard objective, APGD on a margin, APGD towards each wrong
     option, Square.
 
-    For a model that reasons the margin is that of the decision slot, and PGD also makes a wrong rationale likely.
+    For a model that reasons the margin is that of the decision slot, and PGD also climbs the decisive slot, a rationale
+    that is written anew as the picture changes, and a wrong one (METHOD, Attack 3).
     steps: of PGD. apgd_steps: of each APGD restart; the targeted one has three restarts, for up to three wrong options.
     queries: of Square.
     """
@@ -156,7 +157,8 @@ class SafeMedAttack(Cascade):
         # The strongest first: what it fools the others need not try.
         names = sorted(standard_objectives(reasons), key=lambda name: OBJECTIVES[name].weak_on_reasoning)
         if reasons:
-            names = ["decision_slot", *(name for name in names if name != "decision_slot"), "targeted"]
+            first = ("decision_slot", "decisive_slot")
+            names = [*first, *(name for name in names if name not in first), "targeted", "regenerated"]
         return (
             Stage(FGSM(), names[0]),
             *(Stage(pgd, name) for name in names),

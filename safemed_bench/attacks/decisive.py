@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..core.errors import UsageError
 from ..core.types import Answer
 from ..models.base import Batch, VisionLanguageModel
 from .base import Objective, Prepared
@@ -27,8 +26,8 @@ class DecisiveSlot(Objective):
 
     At each place that `find_slots` knows, each rival's token is put and the model goes on by itself on the clean image;
     the place that moves the answer with most of them is taken, the earliest of equals. The record's extra says which:
-    `slot` (position in the reply) and `moves` (share of the rivals); or `fallback`, as of `decision_slot`. Raises
-    UsageError for a model without `completed`.
+    `slot` (position in the reply) and `moves` (share of the rivals); or `fallback`, as of `decision_slot`. Of a model
+    without `completed`, which cannot be made to go on, the last place is taken and `moves` is None.
     """
 
     name: ClassVar[str] = "decisive_slot"
@@ -42,18 +41,24 @@ class DecisiveSlot(Objective):
             for q, reply in zip(batch.questions, replies, strict=True)
         ]
         shares = self._moves(model, batch, replies, places)
-        slots = [
-            max(held, key=lambda slot: (shares[i, slot], -slot.position), default=None) for i, held in enumerate(places)
-        ]
+        if shares is None:
+            slots = [held[-1] if held else None for held in places]
+        else:
+            slots = [
+                max(held, key=lambda slot: (shares[i, slot], -slot.position), default=None)
+                for i, held in enumerate(places)
+            ]
 
         def fallback(rest: Sequence[int]) -> Prepared:
             return self.fallback.prepare(model, batch.select(rest), [clean_answers[i] for i in rest])
 
-        notes: list[dict[str, Any]] = [
-            {"slot": slot.position, "moves": round(shares[i, slot], 3)} if slot else {"fallback": self.fallback.name}
-            for i, slot in enumerate(slots)
-        ]
-        return either(slots, lambda at: slot_margin(model, batch, replies, slots, at), fallback, tuple(notes))
+        def note(i: int, slot: Slot | None) -> dict[str, Any]:
+            if slot is None:
+                return {"fallback": self.fallback.name}
+            return {"slot": slot.position, "moves": None if shares is None else round(shares[i, slot], 3)}
+
+        notes = tuple(note(i, slot) for i, slot in enumerate(slots))
+        return either(slots, lambda at: slot_margin(model, batch, replies, slots, at), fallback, notes)
 
     def _moves(
         self,
@@ -61,13 +66,12 @@ class DecisiveSlot(Objective):
         batch: Batch,
         replies: Sequence[tuple[int, ...]],
         places: Sequence[Sequence[Slot]],
-    ) -> dict[tuple[int, Slot], float]:
-        """(question, slot) -> the share of the slot's rivals that move the answer; 0 where it has none."""
+    ) -> dict[tuple[int, Slot], float] | None:
+        """(question, slot) -> the share of the slot's rivals that move the answer, 0 where it has none; None where the
+        model cannot go on."""
         go_on = getattr(model, "completed", None)
         if go_on is None:
-            raise UsageError(
-                f"objective '{self.name}' makes the model go on, which {model.name} cannot: no `completed`"
-            )
+            return None
         trials = [(i, slot, rival) for i, held in enumerate(places) for slot in held for rival in slot.candidates[1:]]
         shares = {(i, slot): 0.0 for i, held in enumerate(places) for slot in held}
         if trials:

@@ -312,20 +312,28 @@ def check_image(image: Tensor) -> None:
 
 
 def noise(image: Tensor, seed: int, phase: str, start: int, count: int) -> Tensor:
-    """(count, 3, H, W) standard normal: samples start to start + count of the phase's stream, a tensor of its own like
-    `image`.
-
-    Drawn in float32 on the CPU, so that a GPU sees the same.
-    """
+    """(count, 3, H, W) standard normal, like `image`: samples start to start + count of the phase's stream."""
     import torch  # here, so that a suite's certifiers can be checked without it
 
-    first, last = start // NOISE_CHUNK, (start + count - 1) // NOISE_CHUNK
     drawn = torch.empty((count, *image.shape))
-    for number in range(first, last + 1):
-        offset = number * NOISE_CHUNK - start
-        chunk = _chunk(image.shape, derive_seed(seed, "certify", phase, number))
-        drawn[max(offset, 0) : offset + NOISE_CHUNK] = chunk[max(-offset, 0) : count - offset]
+    fill(drawn, seed, phase, start)
     return drawn.to(image)
+
+
+def fill(drawn: Tensor, seed: int, phase: str, start: int) -> None:
+    """Put samples start to start + count of the phase's stream into `drawn`: (count, 3, H, W) float32 on the CPU, so
+    that a GPU sees the same."""
+    import torch
+
+    count, shape = len(drawn), drawn.shape[1:]
+    for number in range(start // NOISE_CHUNK, (start + count - 1) // NOISE_CHUNK + 1):
+        offset = number * NOISE_CHUNK - start
+        stream = derive_seed(seed, "certify", phase, number)
+        if 0 <= offset <= count - NOISE_CHUNK:
+            drawn[offset : offset + NOISE_CHUNK].normal_(generator=torch.Generator().manual_seed(stream))
+        else:
+            chunk = _chunk(shape, stream)
+            drawn[max(offset, 0) : offset + NOISE_CHUNK] = chunk[max(-offset, 0) : count - offset]
 
 
 def noisy(image: Tensor, sigma: float, seed: int, phase: str, start: int, count: int) -> Tensor:
@@ -335,7 +343,7 @@ def noisy(image: Tensor, sigma: float, seed: int, phase: str, start: int, count:
 
 @functools.lru_cache(maxsize=2)
 def _chunk(shape: torch.Size, seed: int) -> Tensor:
-    """Never written to; held because batches that are smaller than a chunk ask for it again."""
+    """All of a chunk of which a part is wanted. Never written to; held because the next batch asks for the rest."""
     import torch
 
     return torch.randn((NOISE_CHUNK, *shape), generator=torch.Generator().manual_seed(seed))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .base import Certificate, Certifier, State, check_image, noisy
+from .base import Certificate, Certifier, Request, State, check_image, fill
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def certify_many(
     states: Mapping[int, State] | None = None,
     save: Save | None = None,
 ) -> list[Certificate]:
-    """A certificate for each (3, H, W) picture in [0, 1].
+    """A certificate for each (3, H, W) picture in [0, 1]; all of one size, on one device.
 
     seeds: one stream per picture. states: place -> where an earlier call was interrupted. save: called after every
     batch with the states that it moved. Raises ValueError as `Certifier.__call__` does.
@@ -56,12 +56,9 @@ def _round(
     certifier: Certifier, predict: PredictMany, images: Sequence[Tensor], states: Mapping[int, State], share: int
 ) -> dict[int, State]:
     """One batch: up to `share` samples of each picture."""
-    import torch
-
     wanted = {place: certifier.request(state, share) for place, state in states.items()}
-    copies = [noisy(images[place], certifier.sigma, states[place].seed, *request) for place, request in wanted.items()]
     owners = [place for place, request in wanted.items() for _ in range(request.size)]
-    found = list(predict(torch.cat(copies), owners))
+    found = list(predict(_copies(certifier, images, states, wanted), owners))
     if len(found) != len(owners):
         raise ValueError(f"predict gave {len(found)} answers for {len(owners)} pictures")
     moved = {}
@@ -69,3 +66,19 @@ def _round(
         mine, found = found[: request.size], found[request.size :]
         moved[place] = certifier.take(states[place], mine)
     return moved
+
+
+def _copies(
+    certifier: Certifier, images: Sequence[Tensor], states: Mapping[int, State], wanted: Mapping[int, Request]
+) -> Tensor:
+    """(B, 3, H, W) the pictures' noisy copies one after the other, as `noisy` makes them, drawn where they are used."""
+    import torch
+
+    first, sizes = images[next(iter(wanted))], [request.size for request in wanted.values()]
+    drawn = torch.empty((sum(sizes), *first.shape))
+    for part, (place, request) in zip(drawn.split(sizes), wanted.items(), strict=True):
+        fill(part, states[place].seed, request.phase, request.start)
+    copies = drawn.to(first).mul_(certifier.sigma)
+    for part, place in zip(copies.split(sizes), wanted, strict=True):
+        part.add_(images[place])
+    return copies

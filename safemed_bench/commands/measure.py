@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -124,8 +125,10 @@ def plan(references: Sequence[str], request: Request, *, output: str | None, as_
 
 def _described(work: Plan, folder: Path) -> dict[str, Any]:
     from ..core.journal import read
+    from ..models.api_calls import sent
+    from ..run.artefacts import slug
 
-    records = read(folder).records
+    records, asked = read(folder).records, sent(folder)
     units: Counter[str] = Counter()
     done: Counter[str] = Counter()
     errors: Counter[str] = Counter()
@@ -156,6 +159,10 @@ def _described(work: Plan, folder: Path) -> dict[str, Any]:
         "output": str(folder),
         "cells": cells,
         "total": total,
+        "requests": {
+            name: asdict(count) | {"sent": asked.get(slug(name), {}).get("requests", 0)}
+            for name, count in work.requests.items()
+        },
         "notes": [*work.notes, *_data_problems(work)],
     }
 
@@ -176,6 +183,10 @@ def _print_plan(described: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    for name, count in described["requests"].items():
+        limit = "no max_requests" if count["limit"] is None else f"max_requests {count['limit']:,}"
+        line = f"{name}: at most {count['most']:,} requests ({limit}), {count['sent']:,} sent"
+        console.print(line, markup=False, soft_wrap=True)
     for message in described["notes"]:
         out.note(f"note: {message}")
 
@@ -203,4 +214,8 @@ def _absent(suite: Suite) -> list[str]:
     missing = []
     if suite.data.name == "omnimedvqa" and not suite.data.root:
         missing.append("data.root names no folder; set SAFEMED_OMNIMEDVQA or --set data.root=FOLDER")
+    keys = {model.name: model.api.key_env for model in suite.models if model.api and model.api.key_env}
+    missing += [
+        f"{name}: ${key} is not set, which holds its key" for name, key in keys.items() if key not in os.environ
+    ]
     return missing + cards_of(suite)[1]

@@ -31,6 +31,10 @@ class ModelError(SafeMedError):
     exit_code = 2
 
 
+class AccessError(ModelError):
+    """A server that answers no request at all: it refuses the key, or has no such model."""
+
+
 class IncompleteError(SafeMedError):
     """The run stopped, or ended with more missing records than allowed. What is done is on disk."""
 

@@ -37,6 +37,10 @@ def _bare(spec: Spec, resolution: int | tuple[int, int], device: str, dtype: str
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     card = resolve(spec)
+    if (api := getattr(spec, "api", None)) is not None:
+        from .api import ApiVLM
+
+        return ApiVLM(card, api, size)
     if card.path:
         from .huggingface import HuggingFaceVLM
 

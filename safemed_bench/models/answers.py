@@ -39,6 +39,15 @@ def split_at_letter(text: str) -> tuple[str, str] | None:
     return (text[: match.start(1)], text[match.end(1) :]) if match else None
 
 
+def letter_place(text: str, prompt: Prompt) -> int | None:
+    """Where the letter of a reply stands: in `<answer>` tags, or alone; None where there is none."""
+    if prompt.tagged:
+        found = split_at_letter(text)
+        return len(found[0]) if found else None
+    match = _BARE.fullmatch(text)
+    return match.start(1) if match else None
+
+
 def fork(encode: Callable[[str], Sequence[int]], head: str, tail: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Where a tokenizer parts the letters: tokens common to `head A tail`, `head B tail`, ..., and the next of each.
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
+from .loading import compute_dtype
+
 NAME = "flash_layout_sdpa"
 HALF = (torch.float16, torch.bfloat16)
 
@@ -31,10 +33,14 @@ def preferred_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "flash_attention_2" if flash else "sdpa"
 
 
-def use_preferred_attention(model: Any, device: torch.device) -> str:
-    """Switch the model to flash attention where that is preferred and its family has it; what it runs on then."""
-    wanted = preferred_attention(device, next(model.parameters()).dtype)
-    if wanted == "flash_attention_2":
+def use_preferred_attention(model: Any, device: torch.device, *, both_ways: bool = False) -> str:
+    """Switch the model to flash attention where that is preferred and its family has it; what it runs on then.
+
+    both_ways: prompts are seen in both directions. Such masks are dropped by transformers on the way to flash
+    attention, without a word, so that the model would be another one.
+    """
+    wanted = preferred_attention(device, compute_dtype(model))
+    if wanted == "flash_attention_2" and not both_ways:
         with suppress(ValueError, ImportError):  # this family has none: it stays with what it was loaded with
             model.set_attn_implementation(wanted)
     return str(model.config._attn_implementation)

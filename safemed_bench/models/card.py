@@ -9,17 +9,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..core import registry
 from ..core.errors import ModelError, UsageError
 from .prompts import get_prompt
 
+if TYPE_CHECKING:
+    from ..suite.api import ApiSpec
+
 Decode = Literal["logprob", "generate"]
+Quantize = Literal["int8", "nf4"]
 
 ENTRY_FILE = "entry.json"
 EXTRACTION_VERSION = 1
-SETTINGS = ("revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter")
+SETTINGS = ("revision", "prompt", "decode", "max_new_tokens", "dtype", "adapter", "quantize")
 """What a suite may set of an entry, beside its name, folder and canvas."""
 
 
@@ -34,6 +38,7 @@ class Spec(Protocol):
     max_new_tokens: int | None
     dtype: str | None
     adapter: str | None
+    quantize: Quantize | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +59,19 @@ class ModelCard:
     description: str = ""
     dtype: str | None = None
     adapter: str | None = None
+    quantize: Quantize | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def resolve(spec: Spec) -> ModelCard:
-    """The card of a suite's model entry: a registered name, a local folder, or a Hugging Face hub id.
+    """The card of a suite's model entry: a registered name, a local folder, a Hugging Face hub id, or a server's.
 
     Raises ModelError where the weights are not on this machine, saying where they were looked for.
     """
+    if (api := getattr(spec, "api", None)) is not None:
+        return _served(spec, api)
     if spec.path is None:
         return _registered(spec)
     return card_from_folder(spec.name, locate(spec.path, spec.revision), spec)
@@ -91,6 +99,40 @@ def _registered(spec: Spec) -> ModelCard:
         fingerprint=_digest(f"{identity}\x1f{registry.models.source(name)}".encode()),
         description=(item.__doc__ or "").strip().split("\n")[0],
         dtype=spec.dtype,
+    )
+
+
+AS_SERVED = "as served"
+API_VERSION = 1
+"""Of the code that makes a request and reads its reply; goes into fingerprints."""
+
+
+def _served(spec: Spec, api: ApiSpec) -> ModelCard:
+    """An entry behind an API. Its fingerprint is of the address, the model's name there and all that a request says;
+    of the weights there can be none."""
+    prompt, most = get_prompt(spec.prompt or "instruct"), spec.max_new_tokens or 256
+    asked = [
+        api.base_url,
+        api.model,
+        prompt.template,
+        most,
+        api.temperature,
+        api.seed,
+        api.logprobs,
+        api.omit,
+        api.body,
+    ]
+    identity = json.dumps([*asked, EXTRACTION_VERSION, API_VERSION], sort_keys=True)
+    return ModelCard(
+        name=spec.name,
+        path="",
+        prompt=prompt.name,
+        decode="generate",
+        max_new_tokens=most,
+        reasons=prompt.reasons,
+        fingerprint=_digest(identity.encode()),
+        description=f"{api.model}, as {api.base_url} answers",
+        dtype=AS_SERVED,
     )
 
 
@@ -168,7 +210,7 @@ def card_from_folder(name: str, folder: Path, spec: Spec | None = None) -> Model
             raise ModelError(f"{entry}:{error.lineno}:{error.colno}  not JSON: {error.msg}") from error
     given = {
         key: value
-        for key in ("prompt", "decode", "max_new_tokens", "dtype", "adapter")
+        for key in SETTINGS[1:]  # a folder has no revision
         if spec is not None and (value := getattr(spec, key, None)) is not None
     }
     values = defaults | given
@@ -184,6 +226,7 @@ def card_from_folder(name: str, folder: Path, spec: Spec | None = None) -> Model
         description=values["description"],
         dtype=values.get("dtype"),
         adapter=values.get("adapter"),
+        quantize=values.get("quantize"),
     )
     return replace(card, fingerprint=_fingerprint(card, prompt.template))
 
@@ -193,7 +236,8 @@ def _fingerprint(card: ModelCard, template: str) -> str:
     if card.adapter and not Path(card.adapter).is_dir():
         raise ModelError(f"adapter folder not found: {card.adapter}")
     adapter = folder_digest(card.adapter) if card.adapter else ""
-    parts = (weights, adapter, template, card.decode, card.max_new_tokens, EXTRACTION_VERSION)
+    parts = [weights, adapter, template, card.decode, card.max_new_tokens, EXTRACTION_VERSION]
+    parts += [card.quantize] if card.quantize else []  # records of whole weights keep their keys
     return _digest("\x1f".join(map(str, parts)).encode())
 
 
@@ -204,7 +248,8 @@ def _digest(data: bytes) -> str:
 def folder_digest(folder: str) -> str:
     """Hash of all weights, their indexes, configs and tokenizer files in a model folder."""
     texts = {".json", ".jinja", ".txt", ".model"}
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in texts or _is_weights(p))
+    parts = [Path(folder), *Path(folder).glob("qformer_tokenizer")]  # InstructBLIP's second tokenizer
+    files = sorted(p for part in parts for p in part.iterdir() if p.suffix in texts or _is_weights(p))
     stamp = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.name != ENTRY_FILE)
     return _digest_files(stamp)
 

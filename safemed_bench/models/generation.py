@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .base import Batch
-from .loading import unwrapped
+from .loading import compute_dtype, unwrapped
 
 if TYPE_CHECKING:
     from .huggingface import HuggingFaceVLM
@@ -36,12 +36,11 @@ def generate(
     """
     ids = batch.inputs["input_ids"]
     arguments: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": batch.inputs["attention_mask"],
+        **{k: v for k, v in batch.inputs.items() if k != "position_ids"},
         **vlm.chat.token_types(ids),
     }
     if vlm.prompt.image:
-        dtype = next(vlm.model.parameters()).dtype
+        dtype = compute_dtype(vlm.model)
         arguments |= {k: v.to(dtype) if k == "pixel_values" else v for k, v in processed.items()}
     out = vlm.model.generate(  # type: ignore[operator]
         **arguments,

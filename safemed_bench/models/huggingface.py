@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import ModelError
 from ..core.types import Answer, Question
 from .answers import extract, fork, split_at_letter
 from .attention import use_packed_vision_attention, use_preferred_attention
 from .base import Batch, Decode, Text
 from .card import ModelCard
 from .chat import ChatFormat
+from .families import needs_image
 from .generation import generate
-from .loading import end_ids, load_weights, unwrapped
+from .loading import compute_dtype, end_ids, keeps_columns, load_weights, placed, unwrapped
 from .parallel import host_threads, in_threads
 from .patches import use_linear_patches
 from .pixels import PixelMap, image_processor_call
@@ -52,16 +54,18 @@ class HuggingFaceVLM:
         self.reasons, self.fingerprint = card.reasons, card.fingerprint
         self.decode: Decode = card.decode
         self.device = torch.device(device)
-        self.model, self.processor, self.tokenizer = model.to(self.device), processor, processor.tokenizer
+        self.model, self.processor, self.tokenizer = placed(model, self.device), processor, processor.tokenizer
+        if not self.prompt.image and needs_image(unwrapped(model), processor):
+            raise ModelError(f"model '{card.name}' cannot be asked without an image: take another prompt than 'blind'")
         call = image_processor_call(processor)
         self.pixel_map = PixelMap.probe(call, resolution).to(self.device)
         self._process = in_threads(call, host_threads(self.device))
         self.chat = ChatFormat(processor, resolution)
         self._mrope: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
-        self._head_on_slice = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+        self._head_on_slice = keeps_columns(model)
         self._fork = lru_cache(maxsize=4096)(partial(fork, self.encode))
         self.end_ids = end_ids(model, self.tokenizer)
-        self.attention = use_preferred_attention(unwrapped(model), self.device)
+        self.attention = use_preferred_attention(unwrapped(model), self.device, both_ways=self.chat.both_ways)
         use_packed_vision_attention(model)
         use_linear_patches(model)
         self.prefix = Prefix.off("not asked for")
@@ -112,13 +116,17 @@ class HuggingFaceVLM:
         return Batch(tuple(questions), canvas, inputs).to(self.device)
 
     def compose(self, texts: Sequence[str], *, image: bool = True) -> dict[str, Tensor]:
-        """User texts to left-padded `input_ids`, `attention_mask` (B, L) and `position_ids` on the model's device."""
+        """User texts to left-padded `input_ids`, `attention_mask` (B, L) and `position_ids` on the model's device.
+
+        And what else of the prompt the family's model reads (`ChatFormat.companions`).
+        """
         rows = [self.chat.ids(text, image=image) for text in texts]
         if image and not all(self.prefix.begins(row) for row in rows):
             self.prefix = Prefix.off("prompts begin in different ways")
         ids, mask = pad_left(rows, self.pad_id)
         positions = self._positions(ids, mask, image)
-        return {k: upload(v, self.device) for k, v in zip(INPUTS, (ids, mask, positions), strict=True)}
+        composed = dict(zip(INPUTS, (ids, mask, positions), strict=True)) | self.chat.companions(texts, image=image)
+        return {k: upload(v, self.device) for k, v in composed.items()}
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a continuation, without special tokens."""
@@ -174,13 +182,12 @@ class HuggingFaceVLM:
         """What the model's own forward is given for these inputs; the LM head at the last `keep` columns if it can."""
         positions = inputs["position_ids"]
         arguments: dict[str, Any] = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
+            **inputs,
             "position_ids": positions.permute(1, 0, 2) if positions.ndim == 3 else positions,
             **self.chat.token_types(inputs["input_ids"]),
         }
         if pixel_values is not None:
-            arguments["pixel_values"] = pixel_values.to(next(self.model.parameters()).dtype)
+            arguments["pixel_values"] = pixel_values.to(compute_dtype(self.model))
             arguments |= self.pixel_map.extras(len(positions))
         return arguments | ({"logits_to_keep": keep} if self._head_on_slice else {})
 

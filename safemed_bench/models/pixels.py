@@ -2,13 +2,15 @@
 
 At its native size every Hugging Face image processor is a gather plus an affine,
 `pixel_values = pixels.flatten()[index] * scale + shift`. Two constant images give scale and shift, images
-that spell each pixel's position in base 256 give index, and three random images verify the whole. The map is
+that spell each pixel's position in base 256 give index, and three random images verify the whole. Where some tiles
+hold a resampled view of the canvas, what is gathered from is the canvas and those views (resize.py). The map is
 differentiable, so one piece of code attacks every family; the deployed path calls the real processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.errors import ModelError
+from .processors import image_settings
+from .resize import Resize, Tape
 
 Image = NDArray[np.uint8]
 ProcessorCall = Callable[[list[Image]], Mapping[str, Any]]
@@ -26,6 +30,9 @@ ProcessorCall = Callable[[list[Image]], Mapping[str, Any]]
 
 TOLERANCE = 1e-5
 """Largest difference between map and processor, in the processor's normalised units (about -2 to 2)."""
+
+IMAGE_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, IndexError)
+"""What image processors raise at images that they do not take."""
 
 INDEX_TOLERANCE = 0.05
 """How far from a whole 8-bit level a probed value may be. A resampling processor misses by far more."""
@@ -35,14 +42,15 @@ INDEX_TOLERANCE = 0.05
 class PixelMap:
     """`pixel_map(pixels)`: (B, C, H, W) floats in [0, 1] -> pixel_values, laid out as the processor does it.
 
-    N values per image are gathered from M = C * H * W in runs of `run` neighbouring values, which is about as
-    fast as a copy; the backward pass is the inverse gather, hence deterministic on every device.
+    N values per image are gathered from M = C * H * W (and what `resizes` append) in runs of `run` neighbouring values,
+    which is about as fast as a copy; the backward pass is the inverse gather, hence deterministic on every device.
 
     resolution: (H, W). shape: of one image's pixel_values; a batch concatenates its first dimension (the number
     of patches for Qwen, 1 for LLaVA and Gemma). source: (N / run,) the image run that each output run copies.
     scale, shift: (N,) float32. inverse: (m, M / run) the output runs that copy each image run, m the largest
     number of copies. inverse_scale: (m, M / run, run) their scales, 0 where a run has fewer than m copies.
-    constants: the other tensors of one image. error: largest difference from the processor when verified.
+    resizes: the resampled views, each appended to what the next one reads; empty for most families. constants: the
+    other tensors of one image. error: largest difference from the processor when verified.
     """
 
     resolution: tuple[int, int]
@@ -56,6 +64,7 @@ class PixelMap:
     inverse_scale: Tensor
     constants: Mapping[str, Tensor]
     error: float
+    resizes: tuple[Resize, ...] = ()
 
     @classmethod
     def probe(cls, processor_call: ProcessorCall, resolution: tuple[int, int], channels: int = 3) -> PixelMap:
@@ -82,16 +91,24 @@ class PixelMap:
             expected = (self.channels, *self.resolution)
             raise ModelError(f"pixels must be (B, {', '.join(map(str, expected))}), not {tuple(pixels.shape)}")
         tables = (self.source, self.scale, self.shift, self.inverse, self.inverse_scale)
-        values: Tensor = _GatherAffine.apply(pixels, self.run, *tables)
+        buffer = pixels.flatten(1)
+        for resize in self.resizes:
+            buffer = torch.cat([buffer, resize(buffer)], 1)
+        values: Tensor = _GatherAffine.apply(buffer, self.run, *tables)
         return values.reshape(len(pixels) * self.shape[0], *self.shape[1:])
 
     def extras(self, batch_size: int) -> dict[str, Tensor]:
         """The processor's other tensors (`image_grid_thw`, ...) for a batch of that many canvases."""
         return {k: v.repeat(batch_size, *[1] * (v.ndim - 1)) for k, v in self.constants.items()}
 
+    def smooth(self) -> PixelMap:
+        """The same map without the rounding inside its resizes: what a finite difference can be taken of."""
+        return replace(self, resizes=tuple(replace(resize, rounds=False) for resize in self.resizes))
+
     def to(self, device: torch.device | str) -> PixelMap:
         names = ("source", "scale", "shift", "inverse", "inverse_scale")
-        moved = {name: getattr(self, name).to(device) for name in names}
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        moved["resizes"] = tuple(resize.to(device) for resize in self.resizes)
         return replace(self, **moved, constants={k: v.to(device) for k, v in self.constants.items()})
 
 
@@ -101,7 +118,7 @@ class _GatherAffine(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        pixels: Tensor,
+        buffer: Tensor,
         run: int,
         source: Tensor,
         scale: Tensor,
@@ -110,8 +127,8 @@ class _GatherAffine(torch.autograd.Function):
         inverse_scale: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(inverse, inverse_scale)
-        ctx.shape = pixels.shape
-        values = pixels.reshape(len(pixels), -1, run).index_select(1, source).flatten(1)
+        ctx.shape = buffer.shape
+        values = buffer.reshape(len(buffer), -1, run).index_select(1, source).flatten(1)
         return torch.addcmul(shift.to(values.dtype), values, scale.to(values.dtype))
 
     @staticmethod
@@ -127,60 +144,94 @@ class _GatherAffine(torch.autograd.Function):
 def image_processor_call(processor: Any) -> ProcessorCall:
     """The image half of a Hugging Face processor, as `PixelMap.probe` and the deployed path want it.
 
-    Drops what the model's forward does not take (`num_crops` of Gemma 3).
+    Each image is processed as the only one of its prompt. Some processors take a list for one prompt's many: images are
+    given together only where the first batch was the same, bit for bit, as its images one by one. What the model's
+    forward does not take is dropped (`num_crops` of Gemma 3, `num_patches` of InternVL).
     """
-    unused = set(getattr(processor, "unused_input_names", ()))
+    unused = getattr(processor, "unused_input_names", ())
+    settings = image_settings(processor) | {"return_tensors": "pt"}
+    names = [name for name in processor.model_input_names if name not in unused]
+
+    agreed: list[bool] = []
+
+    def together(images: list[Image]) -> dict[str, Tensor]:
+        output = processor.image_processor(images, **settings)
+        return {name: output[name] for name in names if name in output}
 
     def call(images: list[Image]) -> dict[str, Tensor]:
-        output = processor.image_processor(images, return_tensors="pt")
-        return {name: value for name, value in output.items() if name not in unused}
+        if len(images) == 1 or (agreed and all(agreed)):
+            return together(images)
+        outputs = [together([image]) for image in images]
+        apart = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        if not agreed:
+            agreed.append(_same(together, images, apart))
+        return apart
 
     return call
 
 
+def _same(together: ProcessorCall, images: list[Image], apart: Mapping[str, Tensor]) -> bool:
+    try:
+        found = together(images)
+    except IMAGE_ERRORS:
+        return False
+    return found.keys() == apart.keys() and all(
+        isinstance(value, Tensor) and torch.equal(value, apart[name]) for name, value in found.items()
+    )
+
+
 def _probe(processor_call: ProcessorCall, resolution: tuple[int, int], channels: int) -> PixelMap:
-    size = channels * resolution[0] * resolution[1]
+    def output_of(tape: Tape, levels: Image) -> tuple[NDArray[np.float64], list[NDArray[np.int64]]]:
+        output, seen = tape.play(levels)
+        return _split(output)[0].double().flatten().numpy(), seen
 
-    def values_of(image: Image) -> NDArray[np.float64]:
-        return _call(processor_call, [image])[0].double().flatten().numpy()
-
-    def constant(level: int) -> Image:
-        return np.full((*resolution, channels), level, np.uint8)
-
-    first, extras = _call(processor_call, [constant(0)])
-    shift = first.double().flatten().numpy()
-    scale = values_of(constant(255)) - shift
-    index = np.zeros(shift.size, np.int64)
-    for digit in range(_digits(size)):
-        levels = _levels(values_of(_digit_image(resolution, channels, digit)), scale, shift, resolution)
-        index += levels << (8 * digit)
-    if index.size and index.max() >= size:
+    with _model_errors(resolution):
+        tape = Tape.record(processor_call, resolution, channels)
+        output, low = tape.play(np.zeros(tape.size, np.uint8))
+        first, extras = _split(output)
+        shift = first.double().flatten().numpy()
+        high, top = output_of(tape, np.full(tape.size, 255, np.uint8))
+        scale = high - shift
+        index, sources = np.zeros(shift.size, np.int64), [np.zeros(part.size, np.int64) for part in low]
+        for digit in range(_digits(tape.size)):
+            position = np.arange(tape.size) >> (8 * digit) & 255
+            values, seen = output_of(tape, position.astype(np.uint8))
+            index += _levels(values, scale, shift, resolution) << (8 * digit)
+            for source, part in zip(sources, seen, strict=True):
+                source += part << (8 * digit)
+    if index.size and index.max() >= tape.size:
         raise ModelError(f"{_refusal(resolution)}: it mixes pixels")
-    draft = _assemble(resolution, channels, tuple(first.shape), index, scale, shift, extras)
+    if tape.asked and not (index[scale != 0] < channels * resolution[0] * resolution[1]).any():
+        raise ModelError(f"{_refusal(resolution)}: it resizes all of it")
+    draft = _assemble(resolution, channels, tuple(first.shape), tape.size, index, scale, shift, extras)
+    views = zip(tape.inside, tape.asked, sources, low, top, strict=True)
+    resizes = tuple(
+        Resize.of(inside, asked, np.where(bottom != upper, source, 0), bottom != upper, bottom)
+        for inside, asked, source, bottom, upper in views
+    )
+    draft = replace(draft, resizes=resizes)
     return replace(draft, error=_verify(draft, processor_call))
 
 
-def _call(processor_call: ProcessorCall, images: list[Image]) -> tuple[Tensor, dict[str, Tensor]]:
-    """pixel_values and the extras that are tensors."""
+@contextmanager
+def _model_errors(resolution: tuple[int, int]) -> Iterator[None]:
+    """What an image processor raises at a size that it does not take, as a ModelError that names the size."""
     try:
-        output = dict(processor_call(images))
-        values = torch.as_tensor(output.pop("pixel_values"))
-    except (ValueError, TypeError, KeyError, RuntimeError, IndexError) as error:
-        size = "x".join(map(str, images[0].shape[:2]))
+        yield
+    except IMAGE_ERRORS as error:
+        size = "x".join(map(str, resolution))
         raise ModelError(f"the image processor fails on a {size} image: {error}") from error
-    return values, {k: v for k, v in output.items() if isinstance(v, Tensor)}
+
+
+def _split(output: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """pixel_values and the extras that are tensors."""
+    extras = {k: v for k, v in output.items() if k != "pixel_values" and isinstance(v, Tensor)}
+    return torch.as_tensor(output["pixel_values"]), extras
 
 
 def _digits(size: int) -> int:
     """Base-256 digits that number `size` values."""
     return max(1, -(-(size - 1).bit_length() // 8))
-
-
-def _digit_image(resolution: tuple[int, int], channels: int, digit: int) -> Image:
-    """The image whose value at flat (C, H, W) position p is the given base-256 digit of p."""
-    position = np.arange(channels * resolution[0] * resolution[1])
-    levels = (position >> (8 * digit) & 255).astype(np.uint8)
-    return np.ascontiguousarray(levels.reshape(channels, *resolution).transpose(1, 2, 0))
 
 
 def _levels(
@@ -210,12 +261,12 @@ def _assemble(
     resolution: tuple[int, int],
     channels: int,
     shape: tuple[int, ...],
+    size: int,
     index: NDArray[np.int64],
     scale: NDArray[np.float64],
     shift: NDArray[np.float64],
     extras: dict[str, Tensor],
 ) -> PixelMap:
-    size = channels * resolution[0] * resolution[1]
     run = _run_length(index, size)
     source = index[::run] // run
     inverse, inverse_scale = _invert(source, scale.reshape(-1, run), size // run)
@@ -267,7 +318,8 @@ def _verify(draft: PixelMap, processor_call: ProcessorCall) -> float:
     """
     draw = np.random.default_rng(20_251_219)
     images = list(draw.integers(0, 256, (3, *draft.resolution, draft.channels), dtype=np.uint8))
-    expected, extras = _call(processor_call, images)
+    with _model_errors(draft.resolution):
+        expected, extras = _split(processor_call(images))
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     values = draft(pixels)
     if values.shape != expected.shape:
@@ -287,23 +339,18 @@ def _verify(draft: PixelMap, processor_call: ProcessorCall) -> float:
 
 
 def _native_side(processor_call: ProcessorCall, resolution: tuple[int, int], channels: int) -> int | None:
-    """The side of a square image near `resolution` that the processor takes as it is, or None.
-
-    Guessed from how many values the processor makes of an image (each pixel kept once, or twice where still
-    images are repeated in time), then tried.
-    """
+    """The side of a square image that the processor takes as it is, or None: what it resizes this one to, tried."""
     try:
-        values, _ = _call(processor_call, [np.zeros((*resolution, channels), np.uint8)])
+        with _model_errors(resolution):
+            tape = Tape.record(processor_call, resolution, channels)
     except ModelError:
         return None
-    for copies in (2, 1):
-        area, rest = divmod(values.numel(), channels * copies)
-        side = isqrt(area)
-        if rest or side * side != area or (side, side) == resolution:
+    for height, width in dict.fromkeys((height, width) for (width, height), _ in tape.asked):
+        if height != width:
             continue
         try:
-            _probe(processor_call, (side, side), channels)
+            _probe(processor_call, (height, width), channels)
         except ModelError:
             continue
-        return side
+        return height
     return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .loading import compute_dtype
 from .selfcheck import LOW_PRECISION, probe_batch
 from .sequences import INPUTS
 
@@ -85,15 +86,15 @@ class Prefix:
         work = 2 * len(ids) * sum(p.numel() for p in vlm.model.parameters())
         if work < worth:
             return cls.off(f"{len(ids)} tokens of a small model, {work:.0e} FLOPs a row, are not worth it")
-        if "token_type_ids" in vlm.chat.keys:
-            return cls.off("attention is bidirectional over parts of the prompt")
+        if vlm.chat.both_ways:
+            return cls.off("parts of the prompt are seen in both directions")
         drafted = cls(ids, "", vlm, _weights=tuple(vlm.model.parameters()))
         try:
             error, slope = _errors(vlm, drafted)
         except CACHE_ERRORS as problem:
             text = " ".join(str(problem).split())[:200]
             return cls.off(f"the family's cache cannot be used ({type(problem).__name__}: {text})")
-        exact = next(vlm.model.parameters()).dtype in (torch.float32, torch.float64)
+        exact = compute_dtype(vlm.model) in (torch.float32, torch.float64)
         measured = f"scores differ by {error:.1e}, the image gradient by {slope:.1e}"
         if error > (SCORE_TOLERANCE if exact else LOW_PRECISION) or not slope <= (
             GRADIENT_TOLERANCE if exact else 2 * LOW_PRECISION

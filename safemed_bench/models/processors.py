@@ -13,6 +13,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 
 from ..core.errors import ModelError
+from .families import TEMPLATES
 
 LOAD_ERRORS = (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError)
 """What `from_pretrained` raises on missing files, broken JSON, absent libraries and unknown classes."""
@@ -27,7 +28,12 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
     def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
         return [name for name in processor_class.get_attributes() if name != "video_processor"]
 
-    members = {"get_attributes": classmethod(get_attributes), "__module__": processor_class.__module__}
+    members = {
+        "get_attributes": classmethod(get_attributes),
+        "__module__": processor_class.__module__,
+        # Not SmolVLM's own, which asks the video part for its defaults.
+        "apply_chat_template": ProcessorMixin.apply_chat_template,
+    }
     return type(processor_class.__name__, (processor_class,), members)
 
 
@@ -39,7 +45,7 @@ def load_processor(path_or_id: str | Path, revision: str | None = None, backend:
     be built, the processor comes without. Honours HF_HUB_OFFLINE. The tokenizer pads on the left.
 
     Raises:
-        ModelError: nothing there, files missing or broken, or not the processor of an image-text model.
+        ModelError: nothing there, files missing or broken, not the processor of an image-text model, no chat template.
     """
     name, options = str(path_or_id), {} if revision is None else {"revision": revision}
     try:
@@ -52,8 +58,18 @@ def load_processor(path_or_id: str | Path, revision: str | None = None, backend:
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if processor.chat_template is None:
-        processor.chat_template = processor.tokenizer.chat_template
+        processor.chat_template = processor.tokenizer.chat_template or TEMPLATES.get(type(processor).__name__)
+    if processor.chat_template is None:
+        raise ModelError(f"'{name}' has no chat template: put a chat_template.jinja with its prompt layout beside it")
     return processor
+
+
+def image_settings(processor: Any) -> dict[str, Any]:
+    """What a processor's class passes on to its image processor with each call (InternVL: tiles, Gemma 3: none)."""
+    own = getattr(type(processor), "images_kwargs", None)
+    if own is None:  # where transformers before 5.2x kept it
+        own = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {}).get("images_kwargs", {})
+    return dict(own)
 
 
 def _load(name: str, image_processor: Any, options: dict[str, Any]) -> ProcessorMixin:
@@ -69,7 +85,7 @@ def _load(name: str, image_processor: Any, options: dict[str, Any]) -> Processor
         parts = {"image_processor": image_processor, "tokenizer": tokenizer}
         settings, _ = processor_class.get_processor_dict(name, **options)
         arguments = [parts[attribute] for attribute in processor_class.get_attributes()]
-        processor = processor_class.from_args_and_dict(arguments, settings)
+        processor = processor_class.from_args_and_dict(arguments, settings, video_processor=None)
     missing = [part for part in ("image_processor", "tokenizer") if not hasattr(processor, part)]
     if missing:
         raise ValueError(f"it has no {' and no '.join(missing)}, so it is not a vision-language model's")

@@ -1,7 +1,8 @@
 """Token ids, masks and positions of prompts and continuations, flush right.
 
 `inputs` are always `input_ids` and `attention_mask` (B, L) with `position_ids` (B, L), or (B, 3, L) for multimodal
-rotary embeddings. Rows are padded on the left, so that the last column of every row is where something is read.
+rotary embeddings; what else a family's prompts carry stays as it is. Rows are padded on the left, so that the last
+column of every row is where something is read.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def join(
     joined_mask = torch.where(inside, mask.gather(1, source), 0)
     joined_mask[:, -width:] = joined_mask[:, -width:].where(~tail_mask.bool(), 1)
     joined = {
+        **inputs,
         "input_ids": ids,
         "attention_mask": joined_mask,
         "position_ids": _extend(positions, source, column, prompt.shape[1]),
@@ -63,6 +65,7 @@ def behind(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     source = torch.where(column < padding, column, column + length)
     index = source[:, None].expand(-1, positions.shape[1], -1) if positions.ndim == 3 else source
     return {
+        **inputs,
         "input_ids": ids.gather(1, source),
         "attention_mask": torch.cat([mask.new_ones(len(mask), length), mask.gather(1, source)], 1),
         "position_ids": positions.gather(-1, index),

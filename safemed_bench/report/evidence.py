@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ def provenance(source: Source) -> dict[str, Any]:
         ("Code", f"{commit}{' with uncommitted changes' if git.get('dirty') else ''}"),
         ("Seed", str(run.get("seed", "unknown"))),
         ("Precision", str(run.get("dtype", "unknown"))),
+        *((card["name"], _served(card, sessions)) for card in source.cards if card.get("api")),
         ("Machine", ", ".join(filter(None, (made.get("processor"), _cores(made), made.get("platform"))))),
     ]
     return {
@@ -96,6 +97,16 @@ def provenance(source: Source) -> dict[str, Any]:
         "models": [_card(card) for card in source.cards],
         "suite": source.suite_text,
     }
+
+
+def _served(card: Mapping[str, Any], sessions: Sequence[Mapping[str, Any]]) -> str:
+    api, last = card["api"], (sessions[-1].get("served") or {}) if sessions else {}
+    said = (last.get(card["name"]) or {}).get("served") or ()
+    named = f", which called it {' and then '.join(said)}" if said else ""
+    return (
+        f"{api.get('model')}, as {api.get('base_url')} answered it{named}. The weights behind a server cannot be "
+        "fingerprinted: the fingerprint is of address, name, prompt and decoding, and says nothing of what was served"
+    )
 
 
 def _cores(made: Mapping[str, Any]) -> str:
@@ -115,5 +126,5 @@ def _session(session: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _card(card: Mapping[str, Any]) -> dict[str, str]:
-    keys = ("name", "prompt", "decode", "max_new_tokens", "dtype", "adapter", "fingerprint", "path")
+    keys = ("name", "prompt", "decode", "max_new_tokens", "dtype", "adapter", "quantize", "fingerprint", "path")
     return {key.replace("_", " "): str(card[key]) if card.get(key) not in (None, "") else "–" for key in keys}

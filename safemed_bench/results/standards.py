@@ -82,7 +82,7 @@ def _stages(reasons: bool) -> list[Required]:
     return [
         Required("fgsm", "decision_slot" if reasons else "answer"),
         *_pgd(reasons),
-        *([Required("pgd", "targeted")] if reasons else []),
+        *(Required("pgd", name) for name in ("decisive_slot", "targeted", "regenerated") if reasons),
         Required("apgd", decided),
         Required("apgd", "targeted_margin", {"restarts": TARGETS}),
         Required("square"),

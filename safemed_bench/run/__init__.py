@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from ..core.errors import IncompleteError, ModelError, SafeMedError, UsageError
+from ..core.errors import IncompleteError, ModelError, UsageError
 from ..core.journal import Journal, disk_full, full_message, read, to_line, write_atomic
+from ..models.api_calls import move_aside
 from . import artefacts, partial
 from .dispatch import Event
 from .engines import Engine, Means, open_engine
@@ -20,7 +21,7 @@ from .messages import Done, Fatal, Job, ModelFailed, Note, Ready, Settings
 from .plans import jobs_of
 from .progress import Reporter, Reporting, make_reporter
 from .provenance import RunFile
-from .stop import RunInterruptedError, StopSignals
+from .stop import RunInterruptedError, StopSignals, safe_message
 
 if TYPE_CHECKING:
     from ..suite.plan import Plan
@@ -87,6 +88,8 @@ def execute(
         seed=run.seed,
     )
     with _disk_errors(output), Journal(output, resume=resume) as journal:
+        if not resume:
+            move_aside(output)
         work = Work(plan, journal, reporter or make_reporter(), retry_errors)
         means = Means(engine or run.engine, address or run.address, workers or run.workers, device or run.device)
         return work.run(open_engine(settings, means, len(work.jobs)) if work.jobs else None)
@@ -162,8 +165,10 @@ class Work:
                 self.reporter.say(f"{error}; its cells are left out")
             case Fatal(disk_full=True):
                 raise IncompleteError(full_message(self.journal.folder, len(self.journal.records)))
-            case Fatal(error=error):
-                raise SafeMedError(error)
+            case Fatal(error=error, kind=kind) if issubclass(kind, IncompleteError):
+                raise kind(f"{error}\n{safe_message(self.journal.folder, len(self.settled), len(self.keys))}")
+            case Fatal(error=error, kind=kind):
+                raise kind(error)
 
     def _settle(self, job: Job, errors: int) -> None:
         new = {unit.key for unit in job.units} - self.settled

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import SafeMedError
 from ..core.types import FitSet, Question, Record, ThreatModel, Unit
 
 
@@ -123,7 +124,9 @@ class ModelFailed:
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """Nothing can go on: `disk_full`, or a worker that cannot even start."""
+    """Nothing can go on: `disk_full`, a worker that cannot even start, or a server that gives no more answers; `kind`
+    is the error that the run ends with."""
 
     error: str
     disk_full: bool = False
+    kind: type[SafeMedError] = SafeMedError

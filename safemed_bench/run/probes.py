@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ Found = list[tuple[Answer, dict[str, Any]]]
 def repeat(model: VisionLanguageModel, batch: Batch) -> Found:
     """The deployed path twice on the same batch. extra: `again`, what it answered the second time, and `spread`, how
     far the options' log-probabilities moved."""
-    first, second = (model.answer(batch, batch.pixels) for _ in range(2))
+    first = model.answer(batch, batch.pixels)
+    anew = getattr(getattr(model, "base", model), "asked_anew", nullcontext)  # where replies are held
+    with anew():
+        second = model.answer(batch, batch.pixels)
     found: Found = []
     for one, two in zip(first, second, strict=True):
         pairs = zip(one.option_logprobs, two.option_logprobs, strict=True)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ..core.clinical import opposite_options, reads_normal
 from ..core.journal import write_atomic
 from ..core.types import LETTERS, Question, ThreatModel
+from ..models.api_calls import sent
 from ..suite.conditions import CODE_VERSIONS, asked
+from .artefacts import slug
 
 if TYPE_CHECKING:
     from ..suite.plan import Cell, Plan
@@ -48,7 +50,9 @@ class RunFile:
             self.session["hardware"].append(hardware)
 
     def finish(self, outcome: str, **values: Any) -> None:
-        self.session |= {"finished": now(), "outcome": outcome, **values}
+        told = sent(self._path.parent)
+        served = {name: told[slug(name)] for name in (m["name"] for m in self._body["models"]) if slug(name) in told}
+        self.session |= {"finished": now(), "outcome": outcome, **values} | ({"served": served} if served else {})
         self.write()
 
     def write(self) -> None:
@@ -70,7 +74,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "code": dict(CODE_VERSIONS),
         "diagnostics": suite.diagnostics.model_dump(),
         "headline": ThreatModel(suite.threat.norm, headline).label if headline is not None else None,
-        "models": [card.to_dict() | _smooth(plan, card.name) for card in plan.cards],
+        "models": [card.to_dict() | _smooth(plan, card.name) | _api(plan, card.name) for card in plan.cards],
         "cells": [_cell(cell, plan) for cell in plan.cells],
         "questions": [
             {
@@ -93,6 +97,12 @@ def describe(plan: Plan) -> dict[str, Any]:
 def _smooth(plan: Plan, name: str) -> dict[str, Any]:
     found = next((m.smooth for m in plan.suite.models if m.name == name), None)
     return {"smooth": found.model_dump()} if found else {}
+
+
+def _api(plan: Plan, name: str) -> dict[str, Any]:
+    """Where an entry's answers come from that a server gives; nothing that could hold a key."""
+    found = next((m.api for m in plan.suite.models if m.name == name), None)
+    return {"api": found.model_dump(include={"base_url", "model", "temperature", "seed"})} if found else {}
 
 
 def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:

@@ -49,7 +49,12 @@ class StopSignals:
         kind, word = (
             (RunInterruptedError, "interrupted") if self.received == signal.SIGINT else (IncompleteError, "terminated")
         )
-        return kind(f"{word}: {safe} of {total} units are safe in {folder}; go on with\n  {resume_command(sys.argv)}")
+        return kind(f"{word}: {safe_message(folder, safe, total)}")
+
+
+def safe_message(folder: Path, safe: int, total: int) -> str:
+    """What a run that stops has kept, and the command that goes on with it."""
+    return f"{safe} of {total} units are safe in {folder}; go on with\n  {resume_command(sys.argv)}"
 
 
 def resume_command(argv: list[str]) -> str:

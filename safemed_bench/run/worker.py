@@ -17,10 +17,10 @@ from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ..core.errors import SafeMedError
+from ..core.errors import AccessError, IncompleteError, SafeMedError
 from ..core.journal import disk_full
 from ..core.registry import load_plugin_file
-from .artefacts import made_by
+from .artefacts import made_by, slug
 from .batching import BatchSizer, is_out_of_memory
 from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready, Settings
 
@@ -114,22 +114,22 @@ class Worker:
         try:
             self._make_images(job)
         except Exception as error:
-            if isinstance(error, OSError) and disk_full(error):
-                return Fatal(_words(error), disk_full=True)
+            if ending := _fatal(error):
+                return ending
             traceback.print_exc()
             return Failed(f"no images of {job.source.model.name}: {_words(error)}" if job.source else _words(error))
         try:
             bench = self._bench(job)
         except Exception as error:
-            if isinstance(error, OSError) and disk_full(error):
-                return Fatal(_words(error), disk_full=True)
+            if ending := _fatal(error):
+                return ending
             traceback.print_exc()
             return ModelFailed(job.model.name, f"{job.model.name}: {_words(error)}")
         try:
             return Done(job, bench.run(job))
         except Exception as error:
-            if isinstance(error, OSError) and disk_full(error):
-                return Fatal(_words(error), disk_full=True)
+            if ending := _fatal(error):
+                return ending
             traceback.print_exc()
             self._forget()
             return Failed("out of memory at batch size 1" if is_out_of_memory(error) else _words(error))
@@ -159,6 +159,9 @@ class Worker:
         )
         if job.model.smooth is not None:
             model.in_batches = sizer.map  # type: ignore[attr-defined]
+        if job.model.api is not None:
+            served: Any = getattr(model, "base", model)
+            served.keep_calls(self.settings.folder, slug(job.model.name))
         self._held = (job.model, Bench(model, self.settings, sizer))
         return self._held[1]
 
@@ -168,6 +171,13 @@ class Worker:
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _fatal(error: Exception) -> Fatal | None:
+    """The end of the run, where no other job would fare better; None for an error of this job alone."""
+    if isinstance(error, OSError) and disk_full(error):
+        return Fatal(_words(error), disk_full=True)
+    return Fatal(_words(error), kind=type(error)) if isinstance(error, AccessError | IncompleteError) else None
 
 
 def _words(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from ..core.errors import DataError, Problem, UsageError, did_you_mean
 from ..core.types import FROM
 from .document import Document, Key
 from .schema import ConditionSpec, GateRule, Suite
+from .served import refused
 from .values import check_sigma
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -113,7 +114,7 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
     if message := _phantom_problem(suite.data.phantom):
         yield problem(("data", "phantom"), message)
     for i, model in enumerate(suite.models):
-        if model.path is None and (entry := model.entry or model.name) not in registry.models:
+        if model.path is None and model.api is None and (entry := model.entry or model.name) not in registry.models:
             more = "" if "/" not in entry else " A folder or hub id is written as `path`."
             named = "entry" if model.entry else "name"
             yield problem(("models", i, named), _unknown("model", entry, [*registry.models]) + more)
@@ -128,6 +129,7 @@ def name_problems(suite: Suite, document: Document) -> Iterator[Problem]:
             *_noise_problems(condition, suite),
             *_certify_problems(condition, suite),
             *_corruption_problems(condition),
+            *refused(condition, suite),
         )
         for key, message in found:
             yield problem(("conditions", i, *key), message)

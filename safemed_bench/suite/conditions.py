@@ -29,13 +29,15 @@ CODE_VERSIONS: Mapping[str, int] = {
     "shuffled": 1,
     "noise": 1,
     "attack": ATTACK_VERSION,
+    "safemed-attack": 2,
     "certify": CERTIFY_VERSION,
     "corruption": CORRUPTION_VERSION,
     "repeat": 1,
     "gradient": 1,
     "smooth": 3,
 }
-"""Versions of the code behind a record. Raise one whenever a change to that part can change a record."""
+"""Versions of the code behind a record. Raise one whenever a change to that part can change a record; an attack that
+changes alone has its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Condition:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        parts = ("canvas", "verdict") + ((self.kind,) if self.kind in CODE_VERSIONS else ())
-        return tuple(CODE_VERSIONS[part] for part in parts)
+        parts = ("canvas", "verdict", self.kind, self.attack)
+        return tuple(CODE_VERSIONS[part] for part in parts if part in CODE_VERSIONS)
 
 
 def conditions_for(
@@ -169,13 +171,14 @@ def probes_of(suite: Suite, model: ModelSpec, conditions: Sequence[Condition]) -
     """What `diagnostics: {level: probe}` asks of an entry beside the suite's conditions, on a part of the questions.
 
     The deployed path twice (`probe:repeat`), the gradient against finite differences (`probe:gradient`; a smoothed
-    entry's attacks climb its base), and every attack of the headline eps at eps 0 and on the whole box.
+    entry's attacks climb its base, and a server shows no gradient), and every attack of the headline eps at eps 0 and
+    on the whole box.
     """
     if suite.diagnostics.level != "probe":
         return
     share, side = suite.diagnostics.share, model.resolution or suite.data.resolution
     yield Condition("repeat", f"{PROBE}repeat", share=share)
-    if model.smooth is None:
+    if model.smooth is None and model.api is None:
         yield Condition("gradient", f"{PROBE}gradient", share=share)
     norm = suite.threat.norm
     unbounded = {"linf": 1.0, "l2": math.sqrt(3) * side, "l1": 3.0 * side * side}[norm]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,7 @@ from ..core.types import FROM, FitSet, Question, Unit
 from .conditions import CODE_VERSIONS, Condition, asked, conditions_for, corruptions_of, probes_of
 from .fitting import choose_fit, unfitted
 from .schema import ModelSpec, Suite
+from .served import Requests, requests_of, served_notes
 from .shuffle import choose_donors
 
 if TYPE_CHECKING:
@@ -88,6 +90,11 @@ class Plan:
         return tuple({cell.card.name: cell.card for cell in self.cells}.values())
 
     @cached_property
+    def requests(self) -> Mapping[str, Requests]:
+        """Entry -> the requests it takes, for the entries that a server answers for."""
+        return requests_of(self.cells, Counter(unit.cell for unit in self.units))
+
+    @cached_property
     def questions(self) -> Mapping[str, Question]:
         """Question id -> question."""
         return {question.id: question for question in self.dataset.questions}
@@ -137,7 +144,8 @@ def build_plan(
     cells = [_with_fit(cell, suite, running, questions, pools or {}) for cell in cells]
     said += unfitted([cell.fit for cell in cells if cell.fit], questions)
     chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
-    return Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+    plan = Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
+    return replace(plan, notes=(*said, *served_notes(cells, plan.requests)))
 
 
 def _with_fit(

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..core.errors import did_you_mean
 from ..core.types import Norm, ThreatModel, format_eps
+from .api import ApiSpec
 from .condition import KEYS_OF, ConditionSpec, Part
 from .values import (
     Count,
@@ -148,6 +149,10 @@ class SmoothSpec(Part):
         return self
 
 
+LOCAL = ("entry", "path", "revision", "adapter", "dtype", "quantize")
+"""What is of weights that are loaded here."""
+
+
 class ModelSpec(Part):
     """An entry under test; None is the entry's own default."""
 
@@ -165,8 +170,14 @@ class ModelSpec(Part):
         default=None, description="Side of this entry's canvas, pixels; None is data.resolution."
     )
     adapter: Text | None = Field(default=None, description="Folder of a PEFT adapter to load on top.")
+    quantize: Literal["int8", "nf4"] | None = Field(
+        default=None, description="Load the weights with bitsandbytes in 8 or 4 bits; needs a CUDA GPU."
+    )
     smooth: SmoothSpec | None = Field(
         default=None, description="Show the smoothed version: {sigma, n, alpha}; None is the entry as it is."
+    )
+    api: ApiSpec | None = Field(
+        default=None, description="Asked of a server: {base_url, model, ...} (docs/api_models.md); None is run here."
     )
 
     @model_validator(mode="before")
@@ -184,6 +195,12 @@ class ModelSpec(Part):
     def _one_source(self) -> ModelSpec:
         if self.entry is not None and self.path is not None:
             raise ValueError("`entry` names a registered entry, `path` a folder; give one of them")
+        if self.api is not None:
+            local = [key for key in LOCAL if getattr(self, key) is not None]
+            if local:
+                raise ValueError(f"`api` asks a server for its answers; `{local[0]}` would have no effect on it")
+            if self.decode == "logprob":
+                raise ValueError("`decode: logprob` needs the scores of every option; an `api` entry answers by text")
         return self
 
     @property

@@ -68,8 +68,8 @@ def with_lora(model: nn.Module, settings: LoraSettings) -> nn.Module:
     except ImportError as error:
         raise ModelError("training with `lora` needs the extra: pip install 'safemed-bench[peft]'") from error
     targets = list(settings.targets) or "all-linear"
-    alpha: Any = settings.alpha  # peft's annotation says int; it divides by the rank
-    return get_peft_model(model, LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets))
+    options: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": targets}
+    return get_peft_model(model, LoraConfig(**options))
 
 
 def _start_folder(name: str) -> Path:
