@@ -124,18 +124,18 @@ def plan(references: Sequence[str], request: Request, *, output: str | None, as_
 
 
 def _described(work: Plan, folder: Path) -> dict[str, Any]:
-    from ..core.journal import read
+    from ..core.journal import scan
     from ..models.api_calls import sent
     from ..run.artefacts import slug
 
-    records, asked = read(folder).records, sent(folder)
+    index, asked = scan(folder).index, sent(folder)
     units: Counter[str] = Counter()
     done: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     for unit in work.units:
         units[unit.cell] += 1
-        if unit.key in records:
-            (errors if records[unit.key].error else done)[unit.cell] += 1
+        if unit.key in index:
+            (errors if index.failed(unit.key) else done)[unit.cell] += 1
     cells = [
         {
             "cell": cell.name,
