@@ -133,7 +133,7 @@ def _fields(path: Path, number: int, line: bytes) -> dict[str, Any]:
             f"{path}:{number}: not a record ({error}). Only the last line may be torn by a crash; this one was changed"
             " by something else. Remove the line to have its questions measured again, or start with --no-resume."
         ) from error
-    return data  # type: ignore[no-any-return]
+    return data
 
 
 def to_line(record: Record) -> bytes:
