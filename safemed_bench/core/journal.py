@@ -37,8 +37,8 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 class Index:
     """Where in a journal the record that counts of each key lies, and whether it is an error.
 
-    What a run keeps of its records: some 250 bytes a key, however much they say. A collection of the keys, in order of
-    first appearance.
+    What a run keeps of its records: less than 250 bytes a key, however much they say. A collection of the keys, in
+    order of first appearance.
     """
 
     __slots__ = ("_places",)

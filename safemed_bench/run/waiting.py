@@ -6,7 +6,7 @@ is looked through only for questions that the worker has seen.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
@@ -24,8 +24,8 @@ class Task:
     whole: bool = True
 
 
-Cells = OrderedDict[str, deque[Task]]
-"""Cell -> its tasks; no queue is empty."""
+Cells = dict[str, deque[Task]]
+"""Cell -> its tasks, in the order of the plan; no queue is empty."""
 
 
 @dataclass(slots=True)
@@ -33,8 +33,9 @@ class Waiting:
     """Cells come one after the other, so that a stopped run has whole ones; those that show another entry's images come
     last, when that entry's own cells have made them."""
 
-    _own: Cells = field(default_factory=OrderedDict)
-    _shown: Cells = field(default_factory=OrderedDict)
+    _own: Cells = field(default_factory=dict)
+    _shown: Cells = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)
     _numbers: dict[tuple[str, ...], int] = field(default_factory=dict)
     _count: int = 0
 
@@ -44,6 +45,7 @@ class Waiting:
     def add(self, jobs: Iterable[Job]) -> None:
         """Behind all that wait."""
         for job in jobs:
+            self._places.setdefault(job.cell, len(self._places))
             self._cells(job).setdefault(job.cell, deque()).append(self.task(job))
             self._count += 1
 
@@ -52,11 +54,15 @@ class Waiting:
         return Task(job, self._numbers.setdefault(questions, len(self._numbers)), tries, whole)
 
     def put_back(self, tasks: Iterable[Task]) -> None:
-        """Before all that wait, in this order; all of one cell."""
+        """Before all else of their cell, in this order; all of one cell."""
         back = list(tasks)
         cells, cell = self._cells(back[0].job), back[0].job.cell
-        cells.setdefault(cell, deque()).extendleft(reversed(back))
-        cells.move_to_end(cell, last=False)
+        if cell not in cells:
+            cells[cell] = deque()
+            order = sorted(cells, key=self._places.__getitem__)
+            queues = [cells.pop(name) for name in order]
+            cells.update(zip(order, queues, strict=True))
+        cells[cell].extendleft(reversed(back))
         self._count += len(back)
 
     def take(self, model: str, seen: Set[int]) -> Task:
