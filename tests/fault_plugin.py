@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy_model import ToyVLM
 
 from safemed_bench.attacks.base import Attack, Objective, Reading
-from safemed_bench.attacks.objectives import AnswerToken, _Letter
+from safemed_bench.attacks.objectives import AnswerToken, Letter
 from safemed_bench.attacks.pgd import PGD, Straight
 from safemed_bench.core.registry import attacks, models, objectives
 from safemed_bench.core.types import Answer
@@ -148,7 +148,7 @@ class Lost(PGD):
         return Forgetful(pursuit, self.length(pursuit.threat.eps))
 
 
-class OwnLetter(_Letter):
+class OwnLetter(Letter):
     """Cross-entropy of whatever the model answers at the moment."""
 
     def __call__(self, pixels):

@@ -104,7 +104,9 @@ def test_a_wrong_setting_is_told_without_what_may_be_a_key(
     assert message in told and KEY not in told
 
 
-@pytest.mark.parametrize("more", [{"path": "/w"}, {"entry": "sft"}, {"adapter": "/a"}, {"dtype": "bf16"}])
+@pytest.mark.parametrize(
+    "more", [{"path": "/w"}, {"entry": "sft"}, {"adapter": "/a"}, {"dtype": "bf16"}, {"quantize": "nf4"}]
+)
 def test_what_has_no_effect_on_a_server_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
     _, told = problem(written(tmp_path, [entry() | more], ["clean"]))
     assert f"`{next(iter(more))}` would have no effect" in told

@@ -11,15 +11,15 @@ from toy_model import ToyVLM, generators, toy_batch
 from toy_run import SIDE, toy_dataset, toy_plan
 
 from safemed_bench.attacks import build_objective
-from safemed_bench.attacks.base import DRAWS, AttackResult, Prepared, Reading, frozen
+from safemed_bench.attacks.base import AttackResult, Prepared, Reading, frozen
 from safemed_bench.attacks.pgd import PGD
 from safemed_bench.attacks.smoothadv import EOT, Averaged, SmoothAdv
 from safemed_bench.core.errors import UsageError
 from safemed_bench.core.seeds import derive_seed
-from safemed_bench.core.types import ThreatModel
+from safemed_bench.core.types import ATTACK_DRAWS, JUDGE_DRAWS, ThreatModel
 from safemed_bench.models.smoothed import Smoothed
 from safemed_bench.run.batching import BatchSizer
-from safemed_bench.run.conditions import JUDGE_DRAWS, Bench
+from safemed_bench.run.conditions import Bench
 from safemed_bench.run.messages import Settings
 from safemed_bench.run.plans import jobs_of
 
@@ -217,7 +217,7 @@ def test_the_parameters_under_a_smoothed_entry_are_frozen_too() -> None:
 # -- which draws judge
 
 
-OWN = [derive_seed("attack verdict", number) for number in range(DRAWS)]
+OWN = [derive_seed("attack verdict", number) for number in range(ATTACK_DRAWS)]
 JUDGE = [derive_seed("judge", 0, number) for number in range(JUDGE_DRAWS)]
 
 
@@ -255,7 +255,7 @@ def test_attack_defence_and_judge_draw_from_streams_of_their_own(tmp_path: Path)
     model = Leaky()
     records = judged(model, tmp_path)
     assert all(record.correct and record.linf for record in records)
-    assert len({None, *OWN, *JUDGE}) == 1 + DRAWS + JUDGE_DRAWS
+    assert len({None, *OWN, *JUDGE}) == 1 + ATTACK_DRAWS + JUDGE_DRAWS
     assert set(model.asked) == {None, OWN[0], *JUDGE}
     assert model.asked[-JUDGE_DRAWS:] == JUDGE, "each draw of the judge is fresh"
 

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.seeds import derive_seed
-from ..core.types import Answer, ThreatModel
+from ..core.types import ATTACK_DRAWS, Answer, ThreatModel
 from ..models.base import Batch, VisionLanguageModel
 from .pursuit import Prepared, Pursuit, Reading
 from .threat import norms, project
-
-DRAWS = 3
-"""Of a randomised model, how many of the attack's own draws must all be fooled before it takes that for a success."""
 
 
 class Objective(ABC):
@@ -176,10 +173,10 @@ class Attack(ABC):
 
 
 def deployed_verdict(model: VisionLanguageModel, batch: Batch, pixels: Tensor) -> list[Answer]:
-    """The deployed path; of a randomised model wrong only where `DRAWS` draws all are, so that no attack ends with the
-    first lucky one."""
+    """The deployed path; of a randomised model wrong only where `ATTACK_DRAWS` draws all are, so that no attack ends
+    with the first lucky one."""
     answers = model.answer(batch, pixels, generator=_own_stream(0))
-    for number in range(1, DRAWS if getattr(model, "randomised", False) else 1):
+    for number in range(1, ATTACK_DRAWS if getattr(model, "randomised", False) else 1):
         wrong = [i for i, q in enumerate(batch.questions) if answers[i].index != q.answer]
         if not wrong:
             break

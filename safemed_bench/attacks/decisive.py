@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from ..core.types import Answer
@@ -42,22 +41,24 @@ class DecisiveSlot(Objective):
             for q, reply in zip(batch.questions, replies, strict=True)
         ]
         shares = self._moves(model, batch, replies, places)
-
-        def proof(i: int, slot: Slot) -> tuple[float, int]:
-            return (shares[i, slot], -slot.position) if shares is not None else (0.0, slot.position)
-
-        slots = [max(held, key=partial(proof, i), default=None) for i, held in enumerate(places)]
+        if shares is None:
+            slots = [held[-1] if held else None for held in places]
+        else:
+            slots = [
+                max(held, key=lambda slot: (shares[i, slot], -slot.position), default=None)
+                for i, held in enumerate(places)
+            ]
 
         def fallback(rest: Sequence[int]) -> Prepared:
             return self.fallback.prepare(model, batch.select(rest), [clean_answers[i] for i in rest])
 
-        notes: list[dict[str, Any]] = [
-            {"slot": slot.position, "moves": shares and round(shares[i, slot], 3)}
-            if slot
-            else {"fallback": self.fallback.name}
-            for i, slot in enumerate(slots)
-        ]
-        return either(slots, lambda at: slot_margin(model, batch, replies, slots, at), fallback, tuple(notes))
+        def note(i: int, slot: Slot | None) -> dict[str, Any]:
+            if slot is None:
+                return {"fallback": self.fallback.name}
+            return {"slot": slot.position, "moves": None if shares is None else round(shares[i, slot], 3)}
+
+        notes = tuple(note(i, slot) for i, slot in enumerate(slots))
+        return either(slots, lambda at: slot_margin(model, batch, replies, slots, at), fallback, notes)
 
     def _moves(
         self,

@@ -37,7 +37,7 @@ def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Letter(Scored):
+class Letter(Scored):
     """The true letter right after `text` (None: the model's own answer prefix)."""
 
     model: VisionLanguageModel
@@ -57,9 +57,9 @@ class _Letter(Scored):
     def loss_of(self, scores: Tensor, targets: Tensor) -> Tensor:
         return self.loss(scores, targets)
 
-    def select(self, rows: Tensor) -> _Letter:
+    def select(self, rows: Tensor) -> Letter:
         text = _pick(self.text, rows) if self.text is not None else None
-        return _Letter(self.model, self.batch.select(rows), text, self.loss)
+        return Letter(self.model, self.batch.select(rows), text, self.loss)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class AnswerToken(Objective):
 
     def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared:
         text = tuple(rationale_prefix(model, a) for a in clean_answers) if model.reasons else None
-        return _Letter(model, batch, text, self.loss)
+        return Letter(model, batch, text, self.loss)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class NoThink(Objective):
     reasoning_only: ClassVar[bool] = True
 
     def prepare(self, model: VisionLanguageModel, batch: Batch, clean_answers: Sequence[Answer]) -> Prepared:
-        return _Letter(model, batch, (model.answer_prefix(""),) * len(batch))
+        return Letter(model, batch, (model.answer_prefix(""),) * len(batch))
 
 
 @dataclass(frozen=True)

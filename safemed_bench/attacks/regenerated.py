@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..core.types import Answer
 from ..models.base import Batch, Text, VisionLanguageModel
 from .base import Objective, Prepared, Reading
-from .objectives import rationale_prefix
+from .objectives import Letter, rationale_prefix
 
 EVERY = 5
 """Readings of the loss between two rationales; a rationale costs as much as a few of them."""
@@ -45,12 +44,9 @@ class _Regenerated(Prepared):
     def __call__(self, pixels: Tensor) -> Reading:
         self._rewrite(pixels.detach())
         text = tuple(self.texts.now[place] for place in self.places)
-        scores = self.model.option_logits(self.batch, pixels, text)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        targets = self.batch.targets.to(scores.device)
-        wrong = torch.tensor([self.texts.wrong[place] for place in self.places], device=scores.device)
-        suspects = scores.detach().argmax(dim=1) != targets
-        return Reading(cross_entropy(scores, targets, reduction="none"), suspects | wrong)
+        loss, suspects = Letter(self.model, self.batch, text)(pixels)
+        wrong = torch.tensor([self.texts.wrong[place] for place in self.places], device=suspects.device)
+        return Reading(loss, suspects | wrong)
 
     def _rewrite(self, pixels: Tensor) -> None:
         """A new rationale for the questions that are due, from the picture as the deployed path would see it."""

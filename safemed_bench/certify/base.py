@@ -311,24 +311,29 @@ def check_image(image: Tensor) -> None:
         raise ValueError("the picture must lie in [0, 1]")
 
 
-def noise(image: Tensor, seed: int, phase: str, start: int, count: int, out: Tensor | None = None) -> Tensor:
-    """(count, 3, H, W) standard normal, like `image`: samples start to start + count of the phase's stream.
-
-    Drawn in float32 on the CPU, so that a GPU sees the same, and into `out` where that is given, float32 on the CPU.
-    """
+def noise(image: Tensor, seed: int, phase: str, start: int, count: int) -> Tensor:
+    """(count, 3, H, W) standard normal, like `image`: samples start to start + count of the phase's stream."""
     import torch  # here, so that a suite's certifiers can be checked without it
 
-    first, last = start // NOISE_CHUNK, (start + count - 1) // NOISE_CHUNK
-    drawn = torch.empty((count, *image.shape)) if out is None else out
-    for number in range(first, last + 1):
+    drawn = torch.empty((count, *image.shape))
+    fill(drawn, seed, phase, start)
+    return drawn.to(image)
+
+
+def fill(drawn: Tensor, seed: int, phase: str, start: int) -> None:
+    """Put samples start to start + count of the phase's stream into `drawn`: (count, 3, H, W) float32 on the CPU, so
+    that a GPU sees the same."""
+    import torch
+
+    count, shape = len(drawn), drawn.shape[1:]
+    for number in range(start // NOISE_CHUNK, (start + count - 1) // NOISE_CHUNK + 1):
         offset = number * NOISE_CHUNK - start
         stream = derive_seed(seed, "certify", phase, number)
         if 0 <= offset <= count - NOISE_CHUNK:
             drawn[offset : offset + NOISE_CHUNK].normal_(generator=torch.Generator().manual_seed(stream))
         else:
-            chunk = _chunk(image.shape, stream)
+            chunk = _chunk(shape, stream)
             drawn[max(offset, 0) : offset + NOISE_CHUNK] = chunk[max(-offset, 0) : count - offset]
-    return drawn.to(image)
 
 
 def noisy(image: Tensor, sigma: float, seed: int, phase: str, start: int, count: int) -> Tensor:

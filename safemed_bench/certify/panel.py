@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .base import Certificate, Certifier, Request, State, check_image, noise
+from .base import Certificate, Certifier, Request, State, check_image, fill
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ def _copies(
     first, sizes = images[next(iter(wanted))], [request.size for request in wanted.values()]
     drawn = torch.empty((sum(sizes), *first.shape))
     for part, (place, request) in zip(drawn.split(sizes), wanted.items(), strict=True):
-        noise(first, states[place].seed, *request, out=part)
+        fill(part, states[place].seed, request.phase, request.start)
     copies = drawn.to(first).mul_(certifier.sigma)
     for part, place in zip(copies.split(sizes), wanted, strict=True):
         part.add_(images[place])

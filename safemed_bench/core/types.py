@@ -22,6 +22,10 @@ PROBE = "probe:"
 FROM = "<-"
 """What stands in a condition's name between an attack and the entry whose images it shows: `pgd<-sft`."""
 
+ATTACK_DRAWS, JUDGE_DRAWS = 3, 3
+"""Of a randomised model: the attack's own draws that must all be fooled before it takes that for a success, and the
+fresh draws behind the verdict on its image (METHOD, Attack 6)."""
+
 Norm = Literal["linf", "l2", "l1"]
 Status = Literal["valid", "invalid", "truncated", "abstain"]
 

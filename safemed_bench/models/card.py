@@ -210,7 +210,7 @@ def card_from_folder(name: str, folder: Path, spec: Spec | None = None) -> Model
             raise ModelError(f"{entry}:{error.lineno}:{error.colno}  not JSON: {error.msg}") from error
     given = {
         key: value
-        for key in ("prompt", "decode", "max_new_tokens", "dtype", "adapter", "quantize")
+        for key in SETTINGS[1:]  # a folder has no revision
         if spec is not None and (value := getattr(spec, key, None)) is not None
     }
     values = defaults | given

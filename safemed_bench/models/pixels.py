@@ -31,6 +31,9 @@ ProcessorCall = Callable[[list[Image]], Mapping[str, Any]]
 TOLERANCE = 1e-5
 """Largest difference between map and processor, in the processor's normalised units (about -2 to 2)."""
 
+IMAGE_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, IndexError)
+"""What image processors raise at images that they do not take."""
+
 INDEX_TOLERANCE = 0.05
 """How far from a whole 8-bit level a probed value may be. A resampling processor misses by far more."""
 
@@ -141,18 +144,40 @@ class _GatherAffine(torch.autograd.Function):
 def image_processor_call(processor: Any) -> ProcessorCall:
     """The image half of a Hugging Face processor, as `PixelMap.probe` and the deployed path want it.
 
-    Each image is processed alone, as the only image of its prompt: some processors take a list for one prompt's many.
-    What the model's forward does not take is dropped (`num_crops` of Gemma 3, `num_patches` of InternVL).
+    Each image is processed as the only one of its prompt. Some processors take a list for one prompt's many: images are
+    given together only where the first batch was the same, bit for bit, as its images one by one. What the model's
+    forward does not take is dropped (`num_crops` of Gemma 3, `num_patches` of InternVL).
     """
     unused = getattr(processor, "unused_input_names", ())
     settings = image_settings(processor) | {"return_tensors": "pt"}
     names = [name for name in processor.model_input_names if name not in unused]
 
+    agreed: list[bool] = []
+
+    def together(images: list[Image]) -> dict[str, Tensor]:
+        output = processor.image_processor(images, **settings)
+        return {name: output[name] for name in names if name in output}
+
     def call(images: list[Image]) -> dict[str, Tensor]:
-        outputs = [processor.image_processor([image], **settings) for image in images]
-        return {name: torch.cat([output[name] for output in outputs]) for name in names if name in outputs[0]}
+        if len(images) == 1 or agreed == [True]:
+            return together(images)
+        outputs = [together([image]) for image in images]
+        apart = {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        if not agreed:
+            agreed.append(_same(together, images, apart))
+        return apart
 
     return call
+
+
+def _same(together: ProcessorCall, images: list[Image], apart: Mapping[str, Tensor]) -> bool:
+    try:
+        found = together(images)
+    except IMAGE_ERRORS:
+        return False
+    return found.keys() == apart.keys() and all(
+        isinstance(value, Tensor) and torch.equal(value, apart[name]) for name, value in found.items()
+    )
 
 
 def _probe(processor_call: ProcessorCall, resolution: tuple[int, int], channels: int) -> PixelMap:
@@ -193,7 +218,7 @@ def _model_errors(resolution: tuple[int, int]) -> Iterator[None]:
     """What an image processor raises at a size that it does not take, as a ModelError that names the size."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, RuntimeError, IndexError) as error:
+    except IMAGE_ERRORS as error:
         size = "x".join(map(str, resolution))
         raise ModelError(f"the image processor fails on a {size} image: {error}") from error
 

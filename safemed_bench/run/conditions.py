@@ -21,7 +21,7 @@ from ..attacks.external import External
 from ..attacks.threat import check, norms, quantize, random_start
 from ..core.errors import DataError
 from ..core.seeds import derive_seed
-from ..core.types import Answer, FitSet, Question, Record, ThreatModel, Unit
+from ..core.types import JUDGE_DRAWS, Answer, FitSet, Question, Record, ThreatModel, Unit
 from ..datasets.images import load_canvas
 from ..models.base import Batch, VisionLanguageModel
 from . import artefacts, certificates, corrupted, fitting, probes
@@ -30,9 +30,6 @@ from .messages import Job, Settings
 
 BLANK_LEVEL = 128
 """`blank` shows a constant mid-grey image: no data set's black border, no dermoscopy white, just no picture."""
-
-JUDGE_DRAWS = 3
-"""Fresh draws behind the verdict on a randomised model's adversarial image."""
 
 NOT_JUDGED = "the saved image is not the one that was judged"
 

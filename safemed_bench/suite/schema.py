@@ -149,6 +149,10 @@ class SmoothSpec(Part):
         return self
 
 
+LOCAL = ("entry", "path", "revision", "adapter", "dtype", "quantize")
+"""What is of weights that are loaded here."""
+
+
 class ModelSpec(Part):
     """An entry under test; None is the entry's own default."""
 
@@ -192,7 +196,7 @@ class ModelSpec(Part):
         if self.entry is not None and self.path is not None:
             raise ValueError("`entry` names a registered entry, `path` a folder; give one of them")
         if self.api is not None:
-            local = [key for key in ("entry", "path", "revision", "adapter", "dtype") if getattr(self, key) is not None]
+            local = [key for key in LOCAL if getattr(self, key) is not None]
             if local:
                 raise ValueError(f"`api` asks a server for its answers; `{local[0]}` would have no effect on it")
             if self.decode == "logprob":

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 from ..attacks import ATTACKS, black_box
 from ..certify import build_certifier
+from ..core.types import ATTACK_DRAWS, JUDGE_DRAWS
 from .conditions import Condition
 from .document import Key
 from .schema import ConditionSpec, ModelSpec, Suite
 
 if TYPE_CHECKING:
     from .plan import Cell
-
-DRAWS = 3
-"""Of a randomised entry, verdicts behind each query of an attack, and behind the record (METHOD, Attack 6)."""
 
 
 def refused(condition: ConditionSpec, suite: Suite) -> Iterator[tuple[Key, str]]:
@@ -139,7 +137,7 @@ def _each(cell: Cell) -> int | None:
     randomised = cell.model.smooth is not None or bool(cell.model.api and cell.model.api.temperature)
     if queries is None:
         return None
-    return votes * (DRAWS * queries + DRAWS if randomised else queries)
+    return votes * (ATTACK_DRAWS * queries + JUDGE_DRAWS if randomised else queries)
 
 
 def _queries(condition: Condition) -> int | None:
