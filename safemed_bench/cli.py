@@ -15,7 +15,8 @@ import typer
 
 from . import __version__
 from .cli_results import register as register_results
-from .core.errors import SafeMedError
+from .core.errors import IncompleteError, SafeMedError
+from .core.journal import disk_full
 
 if TYPE_CHECKING:
     from .commands.prepare import Request
@@ -324,11 +325,18 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and disk_full(error):
+            return _complain(_full(error), verbose, IncompleteError.exit_code)
         hint = "" if verbose else " (--verbose shows where)"
         return _complain(f"internal error: {type(error).__name__}: {error}{hint}", verbose, 1)
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _full(error: OSError) -> str:
+    where = f" for {error.filename}" if error.filename else ""
+    return f"disk full: no room{where}; what was written before is safe. Make room, then run the same command again"
 
 
 def _complain(message: str, verbose: bool, code: int) -> int:

@@ -30,6 +30,9 @@ LOCK = ".journal.lock"
 BUFFER = 1 << 20
 """Bytes read at a time where a whole journal is."""
 
+CHUNK_BUFFER = 1 << 16
+"""Where lines are read in another order than the file's: about a chunk of records, which lie side by side."""
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says when there is no more room: disk, quota, or file size limit."""
 
@@ -119,8 +122,9 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
         return
     with path.open("rb", buffering=BUFFER) as file:
         for line in file:
-            if line.endswith(b"\n"):
-                yield line
+            if not line.endswith(b"\n"):  # the end, even where a run is writing the rest of the line by now
+                return
+            yield line
 
 
 def _fields(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -204,7 +208,7 @@ class Journal:
 
     def lines(self, keys: Iterable[str]) -> Iterator[bytes]:
         """The lines that count of the keys, in their order; a key without a record is left out."""
-        with self.path.open("rb", buffering=BUFFER) as file:
+        with self.path.open("rb", buffering=CHUNK_BUFFER) as file:
             for key in keys:
                 if key in self.index:
                     file.seek(self.index.offset(key))

@@ -78,7 +78,8 @@ class Waiting:
         place = next((i for i, task in enumerate(tasks) if task.asked in seen), 0)
         task = tasks[place]
         del tasks[place]
-        self._drop_empty(cells, cell)
+        if not tasks:
+            del cells[cell]
         self._count -= 1
         return task
 
@@ -99,8 +100,3 @@ class Waiting:
 
     def _cells(self, job: Job) -> Cells:
         return self._shown if job.source else self._own
-
-    @staticmethod
-    def _drop_empty(cells: Cells, cell: str) -> None:
-        if not cells[cell]:
-            del cells[cell]
