@@ -129,17 +129,28 @@ def plan(
     set: Set = None,
     seed: Seed = None,
     device: Device = None,
+    batch_size: Batch = None,
+    workers: Workers = None,
+    probe: Annotated[
+        int | None, typer.Option(min=0, help="Time so many questions of each cell; 0: earlier runs only. [default: 8]")
+    ] = None,
+    earlier: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="Run whose records tell the time, as --output's do.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="8h", help="Say what is done in this time.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one worker's hour, in any currency.")] = None,
     output: Output = None,
     plugin: Plugin = None,
     offline: Offline = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Print cells and units of suites, and what of them is done."""
-    from .commands.measure import plan as work
+    """Print cells and units of suites, and what of them is done; with a flag of time or cost, what the rest takes."""
+    from .commands.plan import Wish
+    from .commands.plan import plan as work
 
-    request = _request(limit, model, filter, set, plugin, offline, _flags(seed, device))
-    work(suites, request, output=output, as_json=json)
+    request = _request(limit, model, filter, set, plugin, offline, _flags(seed, device, batch_size, workers))
+    work(suites, request, Wish(probe, tuple(earlier or ()), budget, price), output=output, as_json=json)
 
 
 @app.command()

@@ -108,12 +108,18 @@ def read(folder: Path) -> dict[str, Record]:
 
     Raises DataError naming a line that is not a record.
     """
-    path, records = folder / JOURNAL, dict[str, Record]()
-    for number, line in enumerate(_whole_lines(path), 1):
-        record = Record.from_dict(_fields(path, number, line))
+    records = dict[str, Record]()
+    for record in written(folder):
         if record.key not in records or records[record.key].error:
             records[record.key] = record
     return records
+
+
+def written(folder: Path) -> Iterator[Record]:
+    """All records of the journal one by one, as they were written; those that do not count, too. Raises DataError."""
+    path = folder / JOURNAL
+    for number, line in enumerate(_whole_lines(path), 1):
+        yield Record.from_dict(_fields(path, number, line))
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

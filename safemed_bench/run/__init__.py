@@ -17,8 +17,8 @@ from ..models.api_calls import move_aside
 from . import artefacts, partial
 from .dispatch import Event
 from .engines import Engine, Means, open_engine
-from .messages import Done, Fatal, Job, ModelFailed, Note, Ready, Settings
-from .plans import jobs_of
+from .messages import Done, Fatal, Job, ModelFailed, Note, Ready
+from .plans import jobs_of, settings_of, units_left
 from .progress import Reporter, Reporting, make_reporter
 from .provenance import RunFile
 from .stop import RunInterruptedError, StopSignals, safe_message
@@ -77,16 +77,7 @@ def execute(
     loaded (after the cells of all other models). Whatever was measured by then is in the journal.
     """
     output, run = Path(output), plan.suite.run
-    size = run.batch_size if batch_size is None else batch_size
-    settings = Settings(
-        folder=output.resolve(),
-        resolution=plan.suite.data.resolution,
-        fit=plan.suite.data.fit,
-        dtype=plan.dtype,
-        batch_size=None if size == "auto" else int(size),
-        plugins=tuple(str(Path(plugin).resolve()) for plugin in plugins),
-        seed=run.seed,
-    )
+    settings = settings_of(plan, output, plugins, batch_size)
     with _disk_errors(output), Journal(output, resume=resume) as journal:
         if not resume:
             move_aside(output)
@@ -111,8 +102,7 @@ class Work:
 
     def _open(self, job: Job) -> int:
         """Units of a job that this session is to measure."""
-        index, retry = self.journal.index, self._retry_errors
-        return sum(u.key not in index or (retry and index.failed(u.key)) for u in job.units)
+        return units_left(job, self.journal.index, self._retry_errors)
 
     def run(self, engine: Engine | None) -> RunOutcome:
         """None where nothing is left to do."""
