@@ -72,7 +72,7 @@ def _jobs(plan: Plan, cell: Cell, units: int) -> Iterator[Job]:
 
 
 def _warmed(jobs: Iterable[Job]) -> Iterator[Job]:
-    """Of each model one clean question before all else, so that loading it and its first pass are not in the seconds."""
+    """Of each model one clean question before all else: loading it and its first pass are not in the seconds."""
     warm = set[str]()
     for job in jobs:
         if job.model.name not in warm:
