@@ -168,6 +168,14 @@ def test_a_probe_says_why_a_cell_has_no_rate_and_asks_no_other(dataset: Dataset)
     assert set(found.missing) == {"toy_absent/clean", "toy_faulty/blank"}
 
 
+def test_a_server_is_not_asked_for_a_probe(dataset: Dataset) -> None:
+    served = {"name": "gpt", "prompt": "bare", "api": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}}
+    plan = toy_plan(dataset, (served, "toy"), ("clean",))
+    found = probe(plan, ["gpt/clean", "toy/clean"], 2, [PLUGIN])
+    assert list(found.rates) == ["toy/clean"]
+    assert found.missing == {"gpt/clean": "its server is not asked for a probe"}
+
+
 def test_a_poisonous_question_does_not_end_a_probe(dataset: Dataset) -> None:
     first = replace(dataset.questions[0], id="poison")
     plan = toy_plan(replace(dataset, questions=(first, *dataset.questions[1:])), ("toy_deadly",))
