@@ -2,9 +2,10 @@
 
 One process, the same questions, objective (the answer token's cross-entropy), eps, steps and restarts, and one judge:
 the deployed path on the 8-bit image. Each peer climbs our module, and the stock Hugging Face module as a user would
-wrap it (the whole LM head, no batched vision path). Rounds take turns, so that whatever else the machine does falls on
-all. Seconds include the judge. The peers get a whole batch wherever they keep its order; the modules refuse any batch
-but their own, so that none is measured on images paired with other images' questions.
+wrap it (the whole LM head, no batched vision path, parameters that ask for gradients). Rounds take turns, so that
+whatever else the machine does falls on all. Seconds include the judge. The peers get a whole batch wherever they keep
+its order; the modules refuse any batch but their own, so that none is measured on images paired with other images'
+questions.
 
 `same_verdicts`: the peer leaves the same questions standing as we do (random starts differ, so few may not agree). A
 second table, strength, holds `safemed-attack` against what each peer has, at about as many gradient steps and queries a
@@ -53,6 +54,7 @@ from safemed_bench.suite.schema import DataSpec, ModelSpec
 
 SIDE = 64
 PACKAGES = ("art", "foolbox", "torchattacks")
+MODULES = OUR_MODULE, STOCK_MODULE = ("our module", "stock module")
 ABSENT = -1e4
 """Score of an option that is not there; the peers cannot take -inf."""
 
@@ -63,7 +65,8 @@ Way = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """questions: attacked ones, all answered rightly. strength: of these, in the second table. queries: of Square."""
+    """questions: attacked ones, all answered rightly. strength: of these, in the second table. queries: of Square.
+    modules: which ones the peers climb."""
 
     questions: int
     strength: int
@@ -73,6 +76,7 @@ class Size:
     queries: int
     rounds: int
     eps: float
+    modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,10 @@ class Bench:
         self.targets, self.pixels = self.batch.targets, self.batch.pixels
         stock = copy.copy(self.vlm)  # the same prompts and pixel map around a model that nothing was changed in
         stock.model, stock._head_on_slice = load_weights(self.vlm.card, torch.device("cpu"), "fp32"), False
+        stock.model.requires_grad_(True)  # as from_pretrained gives it
         self.modules = {
-            "our module": Module(self.prepared(self.vlm, self.batch, self.answers), self.batch).eval(),
-            "stock module": Module(self.prepared(stock, self.batch, self.answers), self.batch).eval(),
+            OUR_MODULE: Module(self.prepared(self.vlm, self.batch, self.answers), self.batch).eval(),
+            STOCK_MODULE: Module(self.prepared(stock, self.batch, self.answers), self.batch).eval(),
         }
 
     @staticmethod
@@ -174,8 +179,8 @@ class Bench:
                 "ours": lambda a=attack, s=steps, r=restarts: ~self.strike(a, "answer", steps=s, restarts=r).success
             }
             for peer in peers:
-                for shown, module in self.modules.items():
-                    make = PEERS[peer, attack]
+                for shown in size.modules:
+                    make, module = PEERS[peer, attack], self.modules[shown]
                     ways[f"{peer}, {shown}"] = lambda m=module, f=make, s=steps, r=restarts: self.judged(f, m, s, r)
             seconds, stand = timed(ways, size.rounds, self.clock)
             cases += [
@@ -196,14 +201,14 @@ class Bench:
     def one_forward(self) -> float:
         """FLOPs of one forward pass of all questions through our module."""
         with torch.no_grad():
-            return flops(lambda: self.modules["our module"](self.pixels))
+            return flops(lambda: self.modules[OUR_MODULE](self.pixels))
 
     def own_work(self) -> float:
         """All passes of ours over all steps of ours: what was dropped from the batch is in neither."""
 
         def step() -> None:
             pixels = self.pixels.clone().requires_grad_()
-            torch.autograd.grad(self.modules["our module"](pixels).sum(), pixels)
+            torch.autograd.grad(self.modules[OUR_MODULE](pixels).sum(), pixels)
 
         with frozen(self.vlm):
             both = flops(step) / self.one_forward()
@@ -213,7 +218,7 @@ class Bench:
 
     def peer_work(self, make: Any) -> float:
         """Parameters ask for gradients, as they do in a module that nobody froze."""
-        module, steps = self.modules["our module"], self.size.steps
+        module, steps = self.modules[OUR_MODULE], self.size.steps
         parameters = [*self.vlm.model.parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -244,8 +249,8 @@ class Bench:
         found[f"ART APGD-CE + APGD-margin ({half} steps each) + Square"] = standing
         found[f"torchattacks AutoAttack's parts ({half} steps each) + Square"] = self.auto_attack(rows, half)
         restarts = max(budget // size.steps, 1)
-        images = foolbox_pgd(self.modules["our module"], self.pixels, self.targets, size.eps, size.steps, restarts)
-        images += foolbox_fgsm(self.modules["our module"], self.pixels, self.targets, size.eps)
+        images = foolbox_pgd(self.modules[OUR_MODULE], self.pixels, self.targets, size.eps, size.steps, restarts)
+        images += foolbox_fgsm(self.modules[OUR_MODULE], self.pixels, self.targets, size.eps)
         every = torch.stack([self.standing(image) for image in images]).all(dim=0)
         found[f"Foolbox PGD-{size.steps} x {restarts} + FGSM"] = every[rows]
         return [
@@ -388,6 +393,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="sft, 8 questions, PGD-10 x 2, one round: under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the tables on stderr")
     parser.add_argument("--only", choices=("speed", "strength"), help="one of the two tables")
+    parser.add_argument("--module", action="append", choices=MODULES, help="that peers climb; default both")
     parser.add_argument("--questions", type=int, help="attacked; default 32, and 8 with --quick")
     parser.add_argument("--rounds", type=int, help="default 5, and 1 with --quick")
     parser.add_argument("--cpu-time", action="store_true", help="processor seconds, for a machine that is not idle")
@@ -396,7 +402,16 @@ def main() -> None:
     quick = given.quick
     count = given.questions or (8 if quick else 32)
     pgd, rest = ((10, 2), (10, 20, 1)) if quick else ((40, 5), (50, 500, 5))
-    size = Size(count, 2 if quick else count, *pgd, rest[0], rest[1], given.rounds or rest[2], 4 / 255)
+    size = Size(
+        count,
+        2 if quick else count,
+        *pgd,
+        rest[0],
+        rest[1],
+        given.rounds or rest[2],
+        4 / 255,
+        tuple(given.module or MODULES),
+    )
     clock = time.process_time if given.cpu_time else time.perf_counter
     cases, works, strengths = [], {}, []
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():

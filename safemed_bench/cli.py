@@ -15,7 +15,8 @@ import typer
 
 from . import __version__
 from .cli_results import register as register_results
-from .core.errors import SafeMedError
+from .core.errors import IncompleteError, SafeMedError
+from .core.journal import disk_full
 
 if TYPE_CHECKING:
     from .commands.prepare import Request
@@ -128,17 +129,28 @@ def plan(
     set: Set = None,
     seed: Seed = None,
     device: Device = None,
+    batch_size: Batch = None,
+    workers: Workers = None,
+    probe: Annotated[
+        int | None, typer.Option(min=0, help="Time so many questions of each cell; 0: earlier runs only. [default: 8]")
+    ] = None,
+    earlier: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="Run whose records tell the time, as --output's do.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="8h", help="Say what is done in this time.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one worker's hour, in any currency.")] = None,
     output: Output = None,
     plugin: Plugin = None,
     offline: Offline = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Print cells and units of suites, and what of them is done."""
-    from .commands.measure import plan as work
+    """Print cells and units of suites, and what of them is done; with a flag of time or cost, what the rest takes."""
+    from .commands.plan import Wish
+    from .commands.plan import plan as work
 
-    request = _request(limit, model, filter, set, plugin, offline, _flags(seed, device))
-    work(suites, request, output=output, as_json=json)
+    request = _request(limit, model, filter, set, plugin, offline, _flags(seed, device, batch_size, workers))
+    work(suites, request, Wish(probe, tuple(earlier or ()), budget, price), output=output, as_json=json)
 
 
 @app.command()
@@ -324,11 +336,18 @@ def invoke(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and disk_full(error):
+            return _complain(_full(error), verbose, IncompleteError.exit_code)
         hint = "" if verbose else " (--verbose shows where)"
         return _complain(f"internal error: {type(error).__name__}: {error}{hint}", verbose, 1)
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _full(error: OSError) -> str:
+    where = f" for {error.filename}" if error.filename else ""
+    return f"disk full: no room{where}; what was written before is safe. Make room, then run the same command again"
 
 
 def _complain(message: str, verbose: bool, code: int) -> int:

@@ -15,7 +15,7 @@ from test_results import record, value, write_run
 from safemed_bench.core.types import Record
 from safemed_bench.results import load_run, summarise
 from safemed_bench.results.diagnostics import Diagnostic, certified_below_empirical
-from safemed_bench.results.tables import build
+from safemed_bench.results.tables import Numbers, build
 
 NEAR, FAR = "certify[sigma=0.25]", "certify[sigma=0.5]"
 CERTIFIED, REFUTED, OPEN = "certified", "refuted", "abstain"
@@ -75,6 +75,13 @@ def info(**more: Any) -> dict[str, Any]:
 @pytest.fixture
 def summary(tmp_path: Path) -> dict[str, Any]:
     return summarise(write_run(tmp_path, [*EMPIRICAL, *PROOFS, *FEW], info()))
+
+
+def test_the_curve_of_each_sigma_begins_at_what_that_smoothed_model_answers(summary: dict[str, Any]) -> None:
+    numbers = Numbers(summary)
+    found = [numbers.smoothed("cot", sigma) for sigma in (None, "sigma=0.25", "sigma=0.5", "sigma=1")]
+    assert [e and round(e.value, 6) for e in found] == [round(4 / 6, 6), round(4 / 6, 6), 0.5, None]
+    assert numbers.smoothed("sft", None) is None
 
 
 @pytest.mark.parametrize(

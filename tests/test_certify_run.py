@@ -131,7 +131,7 @@ def drawn(count: Path) -> int:
 
 def held(folder: Path) -> int:
     """Samples that the partial files know of, of units without a record."""
-    settled = journal.read(folder).records
+    settled = journal.read(folder)
     states = [state for path in folder.glob("partial/*/*.jsonl") for state in partial.read(path).items()]
     return sum(sum({**s["selection"], "": sum(s["test"].values())}.values()) for k, s in states if k not in settled)
 
@@ -154,7 +154,7 @@ def test_a_certificate_that_is_killed_goes_on_where_it_was(
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before, settled = held(cut), len(journal.read(cut).records)
+    before, settled = held(cut), len(journal.read(cut))
     assert 0 < before <= drawn(count) and settled < 12, "in the middle of a chunk"
     (torn,) = cut.glob(f"partial/*/000{settled // 4}-*.jsonl")
     with torn.open("ab") as file:

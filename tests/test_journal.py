@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from safemed_bench.core.errors import DataError, IncompleteError, UsageError
-from safemed_bench.core.journal import Journal, read, to_line, write_atomic
+from safemed_bench.core.journal import Journal, read, scan, to_line, write_atomic
 from safemed_bench.core.types import Record
 
 
@@ -43,13 +43,15 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     records = [record("a", text="Größe \u2028 two\nlines"), record("b", error="boom")]
     with Journal(tmp_path) as journal:
         assert journal.append(records) == 2
-    contents = read(tmp_path)
-    assert list(contents.records.values()) == records
-    assert (contents.lines, contents.torn) == (2, 0)
+    assert list(read(tmp_path).values()) == records
+    found = scan(tmp_path)
+    assert list(found.index) == ["a", "b"]
+    assert (found.lines, found.torn) == (2, 0)
 
 
 def test_an_empty_folder_reads_as_no_records(tmp_path: Path) -> None:
-    assert read(tmp_path).records == {}
+    assert read(tmp_path) == {}
+    assert len(scan(tmp_path).index) == 0
 
 
 def test_first_verdict_wins_and_an_error_gives_way_to_a_verdict(tmp_path: Path) -> None:
@@ -58,9 +60,17 @@ def test_first_verdict_wins_and_an_error_gives_way_to_a_verdict(tmp_path: Path) 
         assert journal.append([record("a", answer=0), record("b", error="two")]) == 1
         assert journal.append([record("b")]) == 1
         assert journal.append([record("b", answer=0)]) == 0
-        live = dict(journal.records)
-    assert read(tmp_path).records == live
-    assert live == {"a": record("a"), "b": record("b")}
+        assert journal.append([record("c", error="three")]) == 1
+        live = journal.index
+        assert list(live) == ["a", "b", "c"]
+        assert [live.failed(key) for key in live] == [False, False, True]
+        lines = list(journal.lines(["c", "absent", "b", "a"]))
+    assert read(tmp_path) == {"a": record("a"), "b": record("b"), "c": record("c", error="three")}
+    assert lines == [to_line(record("c", error="three")), to_line(record("b")), to_line(record("a"))]
+    again = scan(tmp_path).index
+    assert [(key, again.failed(key), again.offset(key)) for key in again] == [
+        (key, live.failed(key), live.offset(key)) for key in live
+    ]
 
 
 @pytest.mark.parametrize("tail", [b'{"key": "c", "ce', b"\x00\x00\x00", b"{}", b"\xff\xfe"])
@@ -69,7 +79,7 @@ def test_a_torn_last_line_is_cut_off_on_resume(tmp_path: Path, tail: bytes) -> N
         journal.append([record("a"), record("b")])
     whole = (tmp_path / "journal.jsonl").read_bytes()
     (tmp_path / "journal.jsonl").write_bytes(whole + tail)
-    assert set(read(tmp_path).records) == {"a", "b"}
+    assert set(read(tmp_path)) == {"a", "b"}
     with Journal(tmp_path) as journal:
         assert journal.repaired == len(tail)
         journal.append([record("c")])
@@ -80,6 +90,8 @@ def test_a_record_with_a_field_missing_is_as_bad_as_one_that_is_no_json(tmp_path
     data = to_line(record("a"))
     for bad in (b"not json\n", b'{"key": "x"}\n', b"[1]\n", b"\n"):
         (tmp_path / "journal.jsonl").write_bytes(data + bad + to_line(record("b")))
+        with pytest.raises(DataError, match=r"journal\.jsonl:2: not a record"):
+            read(tmp_path)
         with pytest.raises(DataError, match=r"journal\.jsonl:2: not a record"):
             Journal(tmp_path)
 
@@ -97,7 +109,7 @@ def test_no_resume_moves_the_old_journal_aside(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         journal.append([record("a")])
     with Journal(tmp_path, resume=False) as journal:
-        assert journal.records == {}
+        assert not len(journal.index)
         assert journal.aside is not None
         assert journal.aside.read_bytes() == to_line(record("a"))
 
@@ -139,13 +151,13 @@ def test_a_full_disk_loses_nothing_and_says_what_to_do(tmp_path: Path) -> None:
         assert caught.value.exit_code == 3
         assert (tmp_path / "journal.jsonl").read_bytes() == before
         assert journal.append(many) == 20
-    assert len(read(tmp_path).records) == 22
+    assert len(read(tmp_path)) == 22
 
 
 def test_records_of_older_versions_with_unknown_fields_are_read(tmp_path: Path) -> None:
     line = json.dumps(record("a").to_dict() | {"phase": 0.5}) + "\n"
     (tmp_path / "journal.jsonl").write_text(line)
-    assert read(tmp_path).records["a"] == record("a")
+    assert read(tmp_path)["a"] == record("a")
 
 
 def test_equal_records_give_equal_bytes() -> None:

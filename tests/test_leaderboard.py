@@ -89,6 +89,15 @@ def test_a_good_entry_stands(root: Path) -> None:
     assert "/weights" not in json.dumps(entry)
 
 
+@pytest.mark.parametrize(("left", "known"), [(20, "safemed-attack@linf:4/255"), (50, PGD)])
+def test_the_best_known_attack_may_be_one_without_an_objective(tmp_path: Path, left: int, known: str) -> None:
+    """A measured cell, whether or not it has an objective; not the worst over the objectives of an attack."""
+    run = write(tmp_path / "run", {**BASE, "safemed-attack@linf:4/255": "1" * left + "0" * (N - left)})
+    add(run, tmp_path / "boards", standard="pgd")
+    entry = json.loads((board(tmp_path / "boards") / "entries" / "m.json").read_text())
+    assert entry["best_known_attack"]["condition"] == known
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path, root: Path) -> None:
     again = tmp_path / "again"
     add(tmp_path / "run", again, standard="pgd")

@@ -199,12 +199,16 @@ def test_sections_only_where_there_is_something_to_say(source: Source, html: str
         row
         | {
             "metric": "certified_accuracy",
-            "condition": f"certified@l2:{radius}",
+            "condition": condition,
             "value": value,
             "low": value - 0.1,
             "high": value + 0.1,
         }
-        for radius, value in (("0.25", 0.75), ("0.5", 0.5))
+        for condition, value in (
+            ("certify[sigma=0.25]", 0.875),
+            ("certified@l2:0.25", 0.75),
+            ("certified@l2:0.5", 0.5),
+        )
         for row in clean
     ]
     more = with_summary(source, diagnostics=checks, estimates=[*source.summary["estimates"], *rows])
@@ -213,7 +217,9 @@ def test_sections_only_where_there_is_something_to_say(source: Source, html: str
     assert told.index("zero-eps") < told.index("monotone-eps"), "what failed comes first"
     assert "2 &lt;of&gt; 24 differ" in told and "more eps, less accuracy" in told and "&#34;drop&#34;: 0.2" in told
     assert "Diagnostics failed: zero-eps" in html[: html.index('class="verdict"')]
-    assert "75.0 [65.0, 85.0]" in section(html, "certified") and 'id="radius-all"' in html
+    proven = section(html, "certified")
+    assert "75.0 [65.0, 85.0]" in proven and 'id="radius-all"' in proven
+    assert "L2 0<" in proven and "87.5 [77.5, 97.5]" in proven, "at radius 0 what the smoothed model answers at all"
     assert "certified" not in section(html, "attacks").lower()
 
 

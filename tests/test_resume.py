@@ -65,7 +65,7 @@ def started(images: Path, dataset: Dataset, tmp_path: Path) -> Iterator[Callable
         )
         processes.append(process)
         deadline = time.monotonic() + 60
-        while len(journal.read(tmp_path).records) < lines:
+        while len(journal.read(tmp_path)) < lines:
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -88,7 +88,7 @@ def test_a_run_killed_in_the_middle_of_pgd_goes_on(
     process.wait()
     before = (tmp_path / "journal.jsonl").read_bytes()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("artefacts/*/*.npz")}
-    assert 16 <= len(journal.read(tmp_path).records) < 24
+    assert 16 <= len(journal.read(tmp_path)) < 24
     assert json.loads((tmp_path / "run.json").read_text())["provenance"]["sessions"][0]["outcome"] == "running"
 
     outcome = toy_execute(plan, tmp_path)
@@ -138,7 +138,7 @@ def test_a_polite_stop_says_how_to_go_on(
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, said = process.communicate(timeout=20)
     assert process.returncode == code
-    safe = len(journal.read(tmp_path).records)
+    safe = len(journal.read(tmp_path))
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert f"{word}: {safe} of 24 units are safe in {tmp_path}; go on with" in said
     assert "toy_run.py" in said.rsplit("go on with", 1)[1]

@@ -1,9 +1,8 @@
-"""run, plan, validate."""
+"""run, validate."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import IncompleteError, ModelError, SuiteError
 from . import output as out
-from .prepare import Request, cards_of, output_of, plans_of, suites_of
+from .prepare import Request, cards_of, data_problems, output_of, plans_of, suites_of
 
 if TYPE_CHECKING:
     from ..suite.plan import Plan
@@ -63,14 +62,8 @@ def run(
 
 def _announce(plan: Plan) -> None:
     out.note(f"{plan.suite.name}: {plan.dataset.stamp}, {len(plan.dataset.questions):,} questions")
-    for message in (*plan.notes, *_data_problems(plan)):
+    for message in (*plan.notes, *data_problems(plan)):
         out.note(f"note: {message}")
-
-
-def _data_problems(plan: Plan, shown: int = 10) -> list[str]:
-    problems = list(map(str, plan.dataset.problems))
-    more = [f"and {len(problems) - shown} more problems in the data; see `data check`"] if len(problems) > shown else []
-    return problems[:shown] + more
 
 
 def _measure(
@@ -107,88 +100,6 @@ def _incomplete(plan: Plan, folder: Path, outcome: dict[str, Any]) -> list[str]:
         f"{plan.suite.name}: {lost:,} of {total:,} units have no verdict ({lost / total:.2%}, allowed {allowed:.2%}). "
         f"The reasons are in {folder / 'records.jsonl'}; --retry-errors tries them again"
     ]
-
-
-def plan(references: Sequence[str], request: Request, *, output: str | None, as_json: bool) -> None:
-    """What a run would do, and what of it is done. Raises ModelError at the end where entries are absent."""
-    suites = suites_of(references, request)
-    plans, absent = plans_of(suites, request)
-    described = [_described(work, output_of(work.suite, output, len(suites) > 1)) for work in plans]
-    if as_json:
-        out.print_json({"plans": described})
-    else:
-        for description in described:
-            _print_plan(description)
-    if absent:
-        raise ModelError("\n".join(absent))
-
-
-def _described(work: Plan, folder: Path) -> dict[str, Any]:
-    from ..core.journal import read
-    from ..models.api_calls import sent
-    from ..run.artefacts import slug
-
-    records, asked = read(folder).records, sent(folder)
-    units: Counter[str] = Counter()
-    done: Counter[str] = Counter()
-    errors: Counter[str] = Counter()
-    for unit in work.units:
-        units[unit.cell] += 1
-        if unit.key in records:
-            (errors if records[unit.key].error else done)[unit.cell] += 1
-    cells = [
-        {
-            "cell": cell.name,
-            "model": cell.card.name,
-            "condition": cell.condition.name,
-            "params": dict(cell.condition.params),
-            "units": units[cell.name],
-            "done": done[cell.name],
-            "errors": errors[cell.name],
-        }
-        for cell in work.cells
-    ]
-    data = work.dataset
-    total = {"units": units.total(), "done": done.total(), "errors": errors.total(), "chunks": len(work.chunks)}
-    return {
-        "suite": work.suite.name,
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "stamp": data.stamp},
-        "questions": dict(Counter(q.modality for q in data.questions)),
-        "models": [card.to_dict() for card in work.cards],
-        "dtype": work.dtype,
-        "output": str(folder),
-        "cells": cells,
-        "total": total,
-        "requests": {
-            name: asdict(count) | {"sent": asked.get(slug(name), {}).get("requests", 0)}
-            for name, count in work.requests.items()
-        },
-        "notes": [*work.notes, *_data_problems(work)],
-    }
-
-
-def _print_plan(described: dict[str, Any]) -> None:
-    console = out.results()
-    rows = [
-        [cell["model"], cell["condition"], cell["units"], cell["done"], cell["errors"]] for cell in described["cells"]
-    ]
-    console.print(f"data: {described['data']['stamp']}", markup=False)
-    counts = ", ".join(f"{name} {count}" for name, count in described["questions"].items())
-    console.print(f"questions: {counts}", markup=False, soft_wrap=True)
-    out.print_table(console, described["suite"], ("model", "condition", "units", "done", "errors"), rows)
-    total = described["total"]
-    console.print(
-        f"{len(rows)} cells, {total['units']:,} units in {total['chunks']} chunks, {total['done']:,} done in "
-        f"{described['output']}",
-        markup=False,
-        soft_wrap=True,
-    )
-    for name, count in described["requests"].items():
-        limit = "no max_requests" if count["limit"] is None else f"max_requests {count['limit']:,}"
-        line = f"{name}: at most {count['most']:,} requests ({limit}), {count['sent']:,} sent"
-        console.print(line, markup=False, soft_wrap=True)
-    for message in described["notes"]:
-        out.note(f"note: {message}")
 
 
 def validate(references: Sequence[str], request: Request, *, as_json: bool) -> None:

@@ -174,6 +174,13 @@ def resolved_dtype(run: RunSpec) -> str:
     return "bf16" if on_gpu else "fp32"
 
 
+def data_problems(plan: Plan, shown: int = 10) -> list[str]:
+    """What is wrong with a plan's data, at most `shown` lines of it."""
+    problems = list(map(str, plan.dataset.problems))
+    more = [f"and {len(problems) - shown} more problems in the data; see `data check`"] if len(problems) > shown else []
+    return problems[:shown] + more
+
+
 def output_of(suite: Suite, output: str | None, several: bool) -> Path:
     """--output, or run.output, or reports/<suite>; with several suites a folder for each below --output."""
     given = output or suite.run.output

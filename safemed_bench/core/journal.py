@@ -15,62 +15,135 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 from .errors import DataError, IncompleteError, UsageError
-from .types import Record
+from .types import REQUIRED, Record
 
 JOURNAL = "journal.jsonl"
 LOCK = ".journal.lock"
+BUFFER = 1 << 20
+"""Bytes read at a time where a whole journal is."""
+
+CHUNK_BUFFER = 1 << 16
+"""Where lines are read in another order than the file's: about a chunk of records, which lie side by side."""
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system says when there is no more room: disk, quota, or file size limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a journal holds.
+class Index:
+    """Where in a journal the record that counts of each key lies, and whether it is an error.
 
-    records: key -> the record that counts, in order of first appearance. lines: full lines read.
-    size: bytes of those lines. torn: bytes after the last full line, 0 where the journal is whole.
+    What a run keeps of its records: less than 250 bytes a key, however much they say. A collection of the keys, in
+    order of first appearance.
     """
 
-    records: dict[str, Record]
+    __slots__ = ("_places",)
+
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}  # an error's offset is kept as its complement, which is negative
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def wants(self, key: str) -> bool:
+        """Whether one more record of `key` would count: the journal's rule of merging."""
+        return self._places.get(key, -1) < 0
+
+    def failed(self, key: str) -> bool:
+        """Whether all there is of `key` is an error. Raises KeyError where there is nothing."""
+        return self._places[key] < 0
+
+    def offset(self, key: str) -> int:
+        """Bytes before its line. Raises KeyError."""
+        place = self._places[key]
+        return place if place >= 0 else ~place
+
+    def note(self, key: str, failed: bool, offset: int) -> None:
+        if self.wants(key):
+            self._places[key] = ~offset if failed else offset
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a journal holds, without the records themselves.
+
+    lines: full lines. size: bytes of those lines. torn: bytes after the last full line, 0 where the journal is whole.
+    """
+
+    index: Index
     lines: int
     size: int
     torn: int
 
 
-def read(folder: Path) -> Contents:
-    """The records in `folder`, which may have no journal yet. Raises DataError naming a line that is not a record."""
+def scan(folder: Path) -> Scan:
+    """The index of `folder`, which may have no journal yet: one pass, a line at a time.
+
+    Raises DataError naming a line that is not a record.
+    """
+    path, index = folder / JOURNAL, Index()
+    size = number = 0
+    for number, line in enumerate(_whole_lines(path), 1):
+        data = _fields(path, number, line)
+        index.note(data["key"], bool(data.get("error")), size)
+        size += len(line)
+    return Scan(index, number, size, path.stat().st_size - size if path.is_file() else 0)
+
+
+def read(folder: Path) -> dict[str, Record]:
+    """Key -> the record that counts, in order of first appearance; {} without a journal. All of it is in memory then.
+
+    Raises DataError naming a line that is not a record.
+    """
+    records = dict[str, Record]()
+    for record in written(folder):
+        if record.key not in records or records[record.key].error:
+            records[record.key] = record
+    return records
+
+
+def written(folder: Path) -> Iterator[Record]:
+    """All records of the journal one by one, as they were written; those that do not count, too. Raises DataError."""
     path = folder / JOURNAL
-    data = path.read_bytes() if path.is_file() else b""
-    size = data.rfind(b"\n") + 1
-    lines = data[:size].splitlines()
-    records: dict[str, Record] = {}
-    for number, line in enumerate(lines, 1):
-        merge(records, _parse(path, number, line))
-    return Contents(records, len(lines), size, len(data) - size)
+    for number, line in enumerate(_whole_lines(path), 1):
+        yield Record.from_dict(_fields(path, number, line))
 
 
-def merge(records: dict[str, Record], record: Record) -> None:
-    """Add one record by the journal's rule: the first verdict wins; without a verdict, the last error."""
-    if record.key not in records or records[record.key].error:
-        records[record.key] = record
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that may not be there; a torn last one is left out."""
+    if not path.is_file():
+        return
+    with path.open("rb", buffering=BUFFER) as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # the end, even where a run is writing the rest of the line by now
+                return
+            yield line
 
 
-def _parse(path: Path, number: int, line: bytes) -> Record:
+def _fields(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        return Record.from_dict(json.loads(line))
+        data = json.loads(line)
+        if missing := REQUIRED - data.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path}:{number}: not a record ({error}). Only the last line may be torn by a crash; this one was changed"
             " by something else. Remove the line to have its questions measured again, or start with --no-resume."
         ) from error
+    return data
 
 
 def to_line(record: Record) -> bytes:
@@ -98,7 +171,7 @@ def move_aside(folder: Path) -> Path | None:
 class Journal:
     """The one writer of a folder's journal, as a context manager: locks, reads, repairs, then appends.
 
-    `records` is what counts so far; `repaired` the bytes of a torn last line that were cut off; `aside` the place an
+    `index` says what counts so far; `repaired` the bytes of a torn last line that were cut off; `aside` the place an
     old journal was moved to when `resume` is false.
     """
 
@@ -110,8 +183,8 @@ class Journal:
         self._lock = _lock(folder)
         try:
             self.aside = None if resume else move_aside(folder)
-            contents = read(folder)
-            self.records, self.repaired, self._size = contents.records, contents.torn, contents.size
+            found = scan(folder)
+            self.index, self.repaired, self._size = found.index, found.torn, found.size
             self._file = self.path.open("ab", buffering=0)
             if self.repaired:
                 self._cut()
@@ -125,19 +198,27 @@ class Journal:
 
         Raises IncompleteError when the disk is full: the journal is then as it was before the call.
         """
-        new = [r for r in records if r.key not in self.records or self.records[r.key].error]
-        data = b"".join(map(to_line, new))
+        new = [record for record in records if self.index.wants(record.key)]
+        lines = [to_line(record) for record in new]
         try:
-            _write(self._file, data)
+            _write(self._file, b"".join(lines))
         except OSError as error:
             self._cut()
             if disk_full(error):
-                raise IncompleteError(full_message(self.folder, len(self.records))) from error
+                raise IncompleteError(full_message(self.folder, len(self.index))) from error
             raise
-        self._size += len(data)
-        for record in new:
-            merge(self.records, record)
+        for record, line in zip(new, lines, strict=True):
+            self.index.note(record.key, bool(record.error), self._size)
+            self._size += len(line)
         return len(new)
+
+    def lines(self, keys: Iterable[str]) -> Iterator[bytes]:
+        """The lines that count of the keys, in their order; a key without a record is left out."""
+        with self.path.open("rb", buffering=CHUNK_BUFFER) as file:
+            for key in keys:
+                if key in self.index:
+                    file.seek(self.index.offset(key))
+                    yield file.readline()
 
     def _cut(self) -> None:
         """Back to the last whole `append`. Needs no room on the disk."""
@@ -190,13 +271,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` as a whole or not at all, durably. Raises OSError; the old file then stands."""
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Replace `path` as a whole or not at all, durably; by parts, where it need not be in memory all at once.
+
+    Raises OSError; the old file then stands.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

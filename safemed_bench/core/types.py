@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -173,15 +173,21 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Field -> value, in the order of the fields; `extra` is the record's own and must not be changed."""
+        return {name: getattr(self, name) for name in _FIELDS}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in data.items() if k in known}
+        """Unknown fields are left out. Raises TypeError where one that has no default is missing."""
+        values = {name: data[name] for name in _FIELDS if name in data}
         for name in ("option_logprobs", "loss_trace"):
             values[name] = tuple(values.get(name, ()))
         return cls(**values)
+
+
+_FIELDS = tuple(f.name for f in fields(Record))
+REQUIRED = frozenset(f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING)
+"""Fields without which a line of a journal is no record."""
 
 
 @dataclass(frozen=True, slots=True)

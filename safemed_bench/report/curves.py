@@ -122,14 +122,17 @@ def _eps_figure(numbers: Numbers, norm: str, threats: Sequence[Condition], modal
 
 
 def _radius_figure(numbers: Numbers, modality: str) -> RunFigure:
-    """A curve per model, and per sigma where a model has several."""
-    words = {_size(c): _word(c) for c in numbers.certificates}
+    """A curve per model, and per sigma where a model has several; at 0 what the smoothed model answers at all."""
+    words = {0.0: "0"} | {_size(c): _word(c) for c in numbers.certificates}
     places = sorted(words)
     rows: Rows = {}
     for which in dict.fromkeys(c.objective for c in numbers.certificates):
         names = {_size(c): c.name for c in numbers.certificates if c.objective == which}
-        found = _measured(numbers, [names.get(place, "") for place in places], modality, "certified_accuracy")
-        rows |= {f"{model} {which}" if which else model: cells for model, cells in found.items()}
+        found = _measured(numbers, [names.get(place, "") for place in places[1:]], modality, "certified_accuracy")
+        rows |= {
+            f"{model} {which}" if which else model: [numbers.smoothed(model, which, modality), *cells]
+            for model, cells in found.items()
+        }
     key = f"radius-{_slug(modality)}"
     chart = Chart(
         key,

@@ -121,8 +121,9 @@ def numbers(measured: Measured) -> list[dict[str, Any]]:
 
 def best_known_attack(measured: Measured) -> dict[str, Any] | None:
     """The single attack at the headline that leaves the least accuracy; the board's number is the worst over all."""
-    headline = measured.info["headline"]
-    single = [c for c in measured.verdicts.conditions if c.is_attack and c.objective and c.threat == headline]
+    headline, cells = measured.info["headline"], measured.info["cells"]
+    asked = {cell["condition"] for cell in cells if cell["model"] == measured.model}
+    single = [c for c in measured.verdicts.conditions if c.is_attack and c.name in asked and c.threat == headline]
     if not single:
         return None
     shares = {c.name: accuracy(measured.verdicts, c.name) for c in single}

@@ -201,7 +201,7 @@ def read_records(folder: Path) -> Iterable[Record]:
     if exported and (_ended(load_info(folder)) or not written):
         return _exported(folder / RECORDS)
     if written:
-        return journal.read(folder).records.values()
+        return journal.read(folder).values()
     raise DataError(f"{folder} is not a run folder: it has neither {journal.JOURNAL} nor {RECORDS}")
 
 

@@ -98,6 +98,12 @@ class Numbers:
         found = [e for name in ("blank", "shuffled") if (e := self.get(model, name, "accuracy", modality)) and e.n]
         return max(found, key=lambda e: e.value, default=None)
 
+    def smoothed(self, model: str, sigma: str | None, modality: str = ALL) -> Estimate | None:
+        """Certified accuracy at radius 0 of the certificates with this objective, None for the model's first."""
+        own = dict.fromkeys(name for m, name, *_ in self._rows if m == model and name.startswith("certify"))
+        names = [name for name in own if sigma in (None, Condition.parse(name).objective)]
+        return self.get(model, names[0], "certified_accuracy", modality) if names else None
+
     def corrupted(
         self, model: str, kind: str = "", severity: int | None = None, modality: str = ALL
     ) -> Estimate | None:

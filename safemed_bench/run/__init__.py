@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ..core.errors import IncompleteError, ModelError, UsageError
-from ..core.journal import Journal, disk_full, full_message, read, to_line, write_atomic
+from ..core.journal import Journal, disk_full, full_message, scan, write_atomic
 from ..models.api_calls import move_aside
 from . import artefacts, partial
 from .dispatch import Event
 from .engines import Engine, Means, open_engine
-from .messages import Done, Fatal, Job, ModelFailed, Note, Ready, Settings
-from .plans import jobs_of
+from .messages import Done, Fatal, Job, ModelFailed, Note, Ready
+from .plans import jobs_of, settings_of, units_left
 from .progress import Reporter, Reporting, make_reporter
 from .provenance import RunFile
 from .stop import RunInterruptedError, StopSignals, safe_message
@@ -77,16 +77,7 @@ def execute(
     loaded (after the cells of all other models). Whatever was measured by then is in the journal.
     """
     output, run = Path(output), plan.suite.run
-    size = run.batch_size if batch_size is None else batch_size
-    settings = Settings(
-        folder=output.resolve(),
-        resolution=plan.suite.data.resolution,
-        fit=plan.suite.data.fit,
-        dtype=plan.dtype,
-        batch_size=None if size == "auto" else int(size),
-        plugins=tuple(str(Path(plugin).resolve()) for plugin in plugins),
-        seed=run.seed,
-    )
+    settings = settings_of(plan, output, plugins, batch_size)
     with _disk_errors(output), Journal(output, resume=resume) as journal:
         if not resume:
             move_aside(output)
@@ -96,18 +87,22 @@ def execute(
 
 
 class Work:
-    """One session of a run: what is left to do, and the loop that does it."""
+    """One session of a run: what is left to do, and the loop that does it. settled: units that are done."""
 
     def __init__(self, plan: Plan, journal: Journal, reporter: Reporter, retry_errors: bool) -> None:
         self.plan, self.journal, self.reporter = plan, journal, reporter
+        self._retry_errors = retry_errors
         jobs = jobs_of(plan)
-        self.keys = tuple(unit.key for job in jobs for unit in job.units)
-        settled = {key for key, record in journal.records.items() if not (retry_errors and record.error)}
-        self.settled = settled & set(self.keys)
+        self.total = sum(len(job.units) for job in jobs)
         # A chunk is computed whole or not at all: its composition never depends on where a run was cut.
-        self.jobs = tuple(job for job in jobs if any(unit.key not in settled for unit in job.units))
+        self.jobs = tuple(job for job in jobs if self._open(job))
+        self.settled = self.total - sum(map(self._open, self.jobs))
         self.began = time.monotonic()
         self.failed_models: dict[str, str] = {}
+
+    def _open(self, job: Job) -> int:
+        """Units of a job that this session is to measure."""
+        return units_left(job, self.journal.index, self._retry_errors)
 
     def run(self, engine: Engine | None) -> RunOutcome:
         """None where nothing is left to do."""
@@ -123,7 +118,7 @@ class Work:
         except BaseException as error:
             run_file.finish(type(error).__name__)
             raise
-        partial.sweep(folder, self.journal.records.keys())
+        partial.sweep(folder, self.journal.index)
         self._export()
         outcome = self.outcome()
         run_file.finish("complete" if not outcome.missing else "incomplete", units=outcome.total, errors=outcome.errors)
@@ -134,12 +129,12 @@ class Work:
     def _announce(self) -> None:
         say, journal = self.reporter.say, self.journal
         work = sum(job.cost * len(job.units) for job in self.jobs)
-        self.reporter.start(self.plan.suite.name, len(self.keys), len(self.settled), work)
+        self.reporter.start(self.plan.suite.name, self.total, self.settled, work)
         if journal.aside:
             say(f"the old journal was moved to {journal.aside}")
         if journal.repaired:
             say(f"the journal ended in a torn line, as after a crash; {journal.repaired} bytes were cut off")
-        if strangers := len(journal.records.keys() - set(self.keys)):
+        if strangers := len(journal.index) - sum(unit.key in journal.index for unit in self.plan.units):
             say(f"{strangers} records of another plan stay in {journal.path} and are not used")
 
     def _loop(self, engine: Engine, run_file: RunFile, stop: StopSignals) -> None:
@@ -148,14 +143,17 @@ class Work:
                 self._take(event, run_file)
                 self.reporter.tick()
                 if stop.received:
-                    raise stop.error(self.journal.folder, len(self.settled), len(self.keys))
+                    raise stop.error(self.journal.folder, self.settled, self.total)
 
     def _take(self, event: Event, run_file: RunFile) -> None:
         match event:
             case Done(job=job, records=records):
+                new = self._open(job)
                 self.journal.append(records)
                 partial.discard(self.journal.folder, job)
-                self._settle(job, sum(bool(r.error) for r in records))
+                self.settled += new
+                errors = sum(bool(record.error) for record in records)
+                self.reporter.advance(job.cell, new, errors, job.cost * len(job.units))
             case Ready(hardware=hardware):
                 run_file.met(hardware)
             case Note(text=text):
@@ -164,28 +162,22 @@ class Work:
                 self.failed_models[name] = error
                 self.reporter.say(f"{error}; its cells are left out")
             case Fatal(disk_full=True):
-                raise IncompleteError(full_message(self.journal.folder, len(self.journal.records)))
+                raise IncompleteError(full_message(self.journal.folder, len(self.journal.index)))
             case Fatal(error=error, kind=kind) if issubclass(kind, IncompleteError):
-                raise kind(f"{error}\n{safe_message(self.journal.folder, len(self.settled), len(self.keys))}")
+                raise kind(f"{error}\n{safe_message(self.journal.folder, self.settled, self.total)}")
             case Fatal(error=error, kind=kind):
                 raise kind(error)
 
-    def _settle(self, job: Job, errors: int) -> None:
-        new = {unit.key for unit in job.units} - self.settled
-        self.settled |= new
-        self.reporter.advance(job.cell, len(new), errors, job.cost * len(job.units))
-
     def _export(self) -> None:
         """records.jsonl: the records of this plan in its own order, which no timing can change."""
-        records = self.journal.records
-        lines = b"".join(to_line(records[key]) for key in self.keys if key in records)
+        lines = self.journal.lines(unit.key for unit in self.plan.units)
         write_atomic(self.journal.folder / RECORDS, lines)
 
     def outcome(self) -> RunOutcome:
-        found = [self.journal.records[key] for key in self.keys if key in self.journal.records]
-        errors = sum(bool(record.error) for record in found)
-        total, seconds = len(self.keys), time.monotonic() - self.began
-        return RunOutcome(total, len(found) - errors, errors, total - len(found), seconds)
+        index = self.journal.index
+        found = [index.failed(unit.key) for unit in self.plan.units if unit.key in index]
+        seconds = time.monotonic() - self.began
+        return RunOutcome(self.total, found.count(False), found.count(True), self.total - len(found), seconds)
 
 
 def _sweep(folder: Path) -> None:
@@ -206,4 +198,4 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if not disk_full(error):
             raise
-        raise IncompleteError(full_message(folder, len(read(folder).records))) from error
+        raise IncompleteError(full_message(folder, len(scan(folder).index))) from error

@@ -7,11 +7,11 @@ every question of a cell costs a few, since the rest of the cell is then given u
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready
+from .waiting import Task, Waiting
 
 Event = Done | Note | Ready | ModelFailed | Fatal | None
 """What an engine reports; None a few times a second, so that the caller can look up."""
@@ -21,23 +21,14 @@ FAULTS_IN_A_ROW = 5
 
 
 @dataclass(slots=True)
-class Task:
-    """A job and how often it was tried. `whole`: as the plan has it, not a part of a job that failed."""
-
-    job: Job
-    tries: int = 0
-    whole: bool = True
-
-
-@dataclass(slots=True)
 class Member:
-    """A worker as its engine sees it. `seen`: sets of questions whose clean answers it has at hand."""
+    """A worker as its engine sees it. `seen`: numbers of the sets of questions whose clean answers it has at hand."""
 
     device: str
     ready: bool = False
     task: Task | None = None
     model: str = ""
-    seen: set[tuple[str, ...]] = field(default_factory=set)
+    seen: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -65,20 +56,20 @@ class Dispatch:
     """The jobs that wait, and those that workers are at."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
-        self.waiting = deque(Task(job) for job in jobs)
+        self.waiting = Waiting()
+        self.waiting.add(jobs)
         self._brake = Brake()
 
     def deal(self, member: Member) -> Job | None:
         """The next job for a worker; None where it is busy, not up, or nothing waits."""
         if not member.ready or member.task or not self.waiting:
             return None
-        task = _choose(member, self.waiting)
-        self.waiting.remove(task)
+        task = self.waiting.take(member.model, member.seen)
         task.tries += 1
         if member.model != task.job.model.name:
             member.model, member.seen = task.job.model.name, set()
         member.task = task
-        member.seen.add(_questions(task.job))
+        member.seen.add(task.asked)
         return task.job
 
     def heard(self, member: Member, message: Done | Failed | ModelFailed | Fatal | Ready | Note) -> list[Event]:
@@ -96,8 +87,7 @@ class Dispatch:
                     self._brake.worked(job.cell)
             case ModelFailed(model=name):
                 member.task = None
-                for other in [t for t in self.waiting if t.job.model.name == name]:
-                    self.waiting.remove(other)
+                self.waiting.remove_model(name)
         return [] if isinstance(message, Failed) else [message]
 
     def lost(self, member: Member, cause: str) -> list[Event]:
@@ -114,7 +104,7 @@ class Dispatch:
         if fault := self._brake.fault(job.cell):  # another worker was still at it when the cell was given up
             return [_given_up(job, fault)]
         if task.tries < 2:
-            self.waiting.appendleft(task)
+            self.waiting.put_back([task])
             return []
         if len(job.units) == 1:
             self._brake.failed(job.cell, error)
@@ -123,7 +113,7 @@ class Dispatch:
         middle = len(job.units) // 2
         halves = (job.part(0, middle), job.part(middle, len(job.units)))
         # one try each is enough: the whole has failed twice, so that this is not bad luck
-        self.waiting.extendleft(Task(half, tries=1, whole=False) for half in reversed(halves))
+        self.waiting.put_back(self.waiting.task(half, tries=1, whole=False) for half in halves)
         if not task.whole:
             return []
         return [Note(f"{job.cell}: {len(job.units)} questions failed twice ({error}); trying them in halves")]
@@ -131,30 +121,12 @@ class Dispatch:
     def _give_up(self, cell: str) -> list[Event]:
         """Error records for all that is left of a cell whose questions all meet the same fault."""
         fault = self._brake.fault(cell)
-        rest = [task for task in self.waiting if task.job.cell == cell] if fault else []
+        rest = self.waiting.remove_cell(cell) if fault else []
         if not rest:
             return []
-        for task in rest:
-            self.waiting.remove(task)
         left = sum(len(task.job.units) for task in rest)
         return [Note(f"{cell}: {left} questions {fault}"), *(_given_up(task.job, fault) for task in rest)]
 
 
-def _questions(job: Job) -> tuple[str, ...]:
-    return tuple(q.id for q in job.questions)
-
-
 def _given_up(job: Job, fault: str) -> Done:
     return Done(job, tuple(job.record(i, error=f"question {q.id}: {fault}") for i, q in enumerate(job.questions)))
-
-
-def _choose(member: Member, waiting: Iterable[Task]) -> Task:
-    """The job that saves a worker most: of the model it holds, of the earliest cell, on questions it has seen.
-
-    The clean answers of these are at hand. Cells come one after the other, so that a stopped run has whole ones; those
-    that show another entry's images come last, when that entry's own cells have made them.
-    """
-    able = [task for task in waiting if task.job.source is None] or list(waiting)
-    tasks = [task for task in able if task.job.model.name == member.model] or able
-    cell = [task for task in tasks if task.job.cell == tasks[0].job.cell]
-    return next((task for task in cell if _questions(task.job) in member.seen), cell[0])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import UsageError
-from .messages import Job
+from .messages import Job, Settings
 
 if TYPE_CHECKING:
+    from ..core.journal import Index
     from ..suite.conditions import Condition
     from ..suite.plan import Cell, Chunk, Plan, PlannedUnit
 
@@ -30,9 +33,30 @@ USUAL_SAMPLES = 400
 """What a sequential certificate takes."""
 
 
+def settings_of(
+    plan: Plan, folder: Path, plugins: Sequence[str | Path], batch_size: int | str | None = None
+) -> Settings:
+    """What the workers of a plan share; batch_size None is the suite's."""
+    size = plan.suite.run.batch_size if batch_size is None else batch_size
+    return Settings(
+        folder=folder.resolve(),
+        resolution=plan.suite.data.resolution,
+        fit=plan.suite.data.fit,
+        dtype=plan.dtype,
+        batch_size=None if size == "auto" else int(size),
+        plugins=tuple(str(Path(plugin).resolve()) for plugin in plugins),
+        seed=plan.suite.run.seed,
+    )
+
+
+def units_left(job: Job, index: Index, retry_errors: bool = False) -> int:
+    """Units of a job that have no record that counts, or an error where these are to be tried again."""
+    return sum(unit.key not in index or (retry_errors and index.failed(unit.key)) for unit in job.units)
+
+
 def jobs_of(plan: Plan) -> tuple[Job, ...]:
     """A job per chunk, in the order of the plan. Raises UsageError where two cells are the same work."""
-    jobs = tuple(_job(plan, chunk) for chunk in plan.chunks)
+    jobs = tuple(job_of(plan, chunk) for chunk in plan.chunks)
     owner: dict[str, str] = {}
     for job in jobs:
         for unit in job.units:
@@ -41,7 +65,8 @@ def jobs_of(plan: Plan) -> tuple[Job, ...]:
     return jobs
 
 
-def _job(plan: Plan, chunk: Chunk) -> Job:
+def job_of(plan: Plan, chunk: Chunk) -> Job:
+    """One chunk with all that a worker needs for it."""
     cell = plan.cells_by_name[chunk.cell]
     job = _job_of(plan, cell, chunk.index, chunk.units)
     return replace(job, source=_job_of(plan, cell.source, chunk.index, chunk.sources)) if cell.source else job

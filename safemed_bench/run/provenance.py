@@ -21,6 +21,7 @@ from ..suite.conditions import CODE_VERSIONS, asked
 from .artefacts import slug
 
 if TYPE_CHECKING:
+    from ..models.card import ModelCard
     from ..suite.plan import Cell, Plan
 
 RUN = "run.json"
@@ -74,8 +75,8 @@ def describe(plan: Plan) -> dict[str, Any]:
         "code": dict(CODE_VERSIONS),
         "diagnostics": suite.diagnostics.model_dump(),
         "headline": ThreatModel(suite.threat.norm, headline).label if headline is not None else None,
-        "models": [card.to_dict() | _smooth(plan, card.name) | _api(plan, card.name) for card in plan.cards],
-        "cells": [_cell(cell, plan) for cell in plan.cells],
+        "models": [model_facts(plan, card) for card in plan.cards],
+        "cells": [cell_facts(cell, plan) for cell in plan.cells],
         "questions": [
             {
                 "id": q.id,
@@ -94,6 +95,11 @@ def describe(plan: Plan) -> dict[str, Any]:
     }
 
 
+def model_facts(plan: Plan, card: ModelCard) -> dict[str, Any]:
+    """An entry's card, and how it is smoothed or where a server answers for it."""
+    return card.to_dict() | _smooth(plan, card.name) | _api(plan, card.name)
+
+
 def _smooth(plan: Plan, name: str) -> dict[str, Any]:
     found = next((m.smooth for m in plan.suite.models if m.name == name), None)
     return {"smooth": found.model_dump()} if found else {}
@@ -105,7 +111,7 @@ def _api(plan: Plan, name: str) -> dict[str, Any]:
     return {"api": found.model_dump(include={"base_url", "model", "temperature", "seed"})} if found else {}
 
 
-def _cell(cell: Cell, plan: Plan) -> dict[str, Any]:
+def cell_facts(cell: Cell, plan: Plan) -> dict[str, Any]:
     """`questions` only where not all are asked. Certificates name certifier, parameters and `values`, d = 3 H W;
     attacks their registered name, what the suite sets of their parameters, and whose images are shown where they are
     another entry's; corruptions name, severity and modalities, [] for all."""

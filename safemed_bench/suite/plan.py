@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from ..attacks import fitted_on
 from ..attacks.supplied import open_supplied
-from ..core import registry
 from ..core.errors import UsageError
-from ..core.seeds import derive_seed
 from ..core.types import FROM, FitSet, Question, Unit
-from .conditions import CODE_VERSIONS, Condition, asked, conditions_for, corruptions_of, probes_of
+from .conditions import Condition, asked, conditions_for, corruptions_of, probes_of
 from .fitting import choose_fit, unfitted
+from .keys import Asked, cell_identity, fit_key, unit_key
 from .schema import ModelSpec, Suite
 from .served import Requests, requests_of, served_notes
 from .shuffle import choose_donors
@@ -143,7 +140,8 @@ def build_plan(
     running = dtype or suite.run.dtype
     cells = [_with_fit(cell, suite, running, questions, pools or {}) for cell in cells]
     said += unfitted([cell.fit for cell in cells if cell.fit], questions)
-    chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, questions, donors, running))
+    spelled = {question.id: Asked.of(question, suite.run.seed) for question in questions}
+    chunks = tuple(chunk for cell in cells for chunk in _chunks(cell, suite, spelled, donors, running))
     plan = Plan(suite, dataset, tuple(cells), chunks, running, tuple(said))
     return replace(plan, notes=(*said, *served_notes(cells, plan.requests)))
 
@@ -159,8 +157,8 @@ def _with_fit(
     split, count = wanted
     if not (chosen := choose_fit(pools.get(split, ()), count, questions)):
         raise UsageError(f"{cell.name}: split {split} has no question to fit '{cell.condition.attack}' on")
-    own = _cell_identity(cell, suite, dtype)
-    fit = {name: FitSet(_digest([own, [*map(_asked_of, held)]]), name, held) for name, held in chosen.items()}
+    own = cell_identity(cell, suite, dtype)
+    fit = {name: FitSet(fit_key(own, held), name, held) for name, held in chosen.items()}
     return replace(cell, fit=fit)
 
 
@@ -197,87 +195,30 @@ def _nobodys(suite: Suite, questions: Sequence[Question]) -> list[str]:
 
 
 def _chunks(
-    cell: Cell, suite: Suite, questions: Sequence[Question], donors: Mapping[str, str], dtype: str
+    cell: Cell, suite: Suite, spelled: Mapping[str, Asked], donors: Mapping[str, str], dtype: str
 ) -> Iterator[Chunk]:
-    by_id = {question.id: question for question in questions}
-    shared = _cell_identity(cell, suite, dtype)
-    units, sources = [], []
-    for question in asked(questions, cell.condition):
-        donor = by_id[donors[question.id]] if cell.condition.kind == "shuffled" else None
-        units.append(_unit(cell, shared, suite.run.seed, question, donor))
-    if cell.source:
-        theirs = _cell_identity(cell.source, suite, dtype)
-        sources = [_unit(cell.source, theirs, suite.run.seed, by_id[unit.question_id], None) for unit in units]
+    """spelled: question id -> the question, in the data set's order."""
+    here = [q.id for q in asked([one.question for one in spelled.values()], cell.condition)]
+    units = _units(cell, cell_identity(cell, suite, dtype), here, spelled, donors)
+    sources = _units(cell.source, cell_identity(cell.source, suite, dtype), here, spelled, {}) if cell.source else []
     size = suite.run.chunk
     if cell.condition.kind == "certify":  # hundreds of answers each: smaller chunks keep all workers busy to the end
         size = min(size, max(LEAST_CHUNK, size // 4))
     for index, start in enumerate(range(0, len(units), size)):
-        here = slice(start, start + size)
-        yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[here]), tuple(sources[here]))
+        part = slice(start, start + size)
+        yield Chunk(f"{cell.name}#{index:04d}", cell.name, index, tuple(units[part]), tuple(sources[part]))
 
 
-def _unit(cell: Cell, shared: object, seed: int, question: Question, donor: Question | None) -> PlannedUnit:
-    """The seed does not depend on the cell: at every eps, and for every model, a question starts the same way."""
-    own = derive_seed("unit", seed, question.id)
-    image = [_image(question), _image(donor) if donor else ""]
-    text = [question.id, question.question, question.options, question.answer]
-    text += [question.modality, question.question_type]
-    said: list[object] = [shared, own, image, text]
-    said += [fit.key] if (fit := cell.fit.get(question.modality)) else []
-    return PlannedUnit(_digest(said), question.id, cell.name, own, donor.id if donor else "")
-
-
-def _cell_identity(cell: Cell, suite: Suite, dtype: str) -> list[object]:
-    """All that a record of this cell depends on or says, beside its question; workers and batch size are not in it."""
-    card, condition, data = cell.card, cell.condition, suite.data
-    own = cell.model.dtype or card.dtype
-    model = [
-        card.fingerprint,
-        card.prompt,
-        card.decode,
-        card.max_new_tokens,
-        own if own not in (None, "auto") else dtype,
-    ]
-    if smooth := cell.model.smooth:
-        model += ["smooth", CODE_VERSIONS["smooth"], smooth.sigma, smooth.n, smooth.alpha]
-    threat = condition.threat
-    attack: list[object] = [condition.kind, condition.attack, condition.objective, condition.params]
-    attack += [condition.certifier] if condition.certifier else []
-    attack += ["transfer", *_cell_identity(cell.source, suite, dtype)] if cell.source else []
-    attack += [condition.corruption, condition.severity] if condition.corruption else []
-    ball = [threat.norm, threat.eps, threat.bounds] if threat else []
-    side = cell.model.resolution or data.resolution
-    return [cell.name, model, attack, ball, side, data.fit, condition.versions, *_plugin_sources(condition)]
-
-
-def _plugin_sources(condition: Condition) -> list[str]:
-    """Hashes of attack, objective, certifier or corruption where these are plugins, and of images made elsewhere:
-    CODE_VERSIONS knows nothing of them."""
-    if condition.certifier:
-        source = registry.certifiers.source(condition.certifier)
-        return [source] if source else []
-    if condition.corruption:
-        source = registry.corruptions.source(condition.corruption)
-        return [source] if source else []
-    if not condition.attack:
-        return []
-    if condition.attack == "external":  # another folder's images, or other ones in the same folder, are other work
-        return [open_supplied(dict(condition.params)["path"]).digest()]
-    sources = [registry.attacks.source(condition.attack)]
-    sources += [registry.objectives.source(condition.objective)] if condition.objective else []
-    return sources if any(sources) else []
-
-
-def _asked_of(question: Question) -> list[object]:
-    return [question.id, _image(question), question.question, question.options, question.answer]
-
-
-def _image(question: Question) -> str:
-    return question.image_sha256 or f"{question.image} {question.image_error}"
-
-
-def _digest(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+def _units(
+    cell: Cell, shared: str, ids: Sequence[str], spelled: Mapping[str, Asked], donors: Mapping[str, str]
+) -> list[PlannedUnit]:
+    shuffled, units = cell.condition.kind == "shuffled", []
+    for name in ids:
+        own, donor = spelled[name], spelled[donors[name]] if shuffled else None
+        fit = cell.fit.get(own.question.modality)
+        key = unit_key(shared, own, donor, fit.key if fit else "")
+        units.append(PlannedUnit(key, name, cell.name, own.seed, donor.question.id if donor else ""))
+    return units
 
 
 def _repeated(names: Iterable[str]) -> str:
