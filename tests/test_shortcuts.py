@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, TRAINED, build, lacks
+from families import FAMILIES, QWEN, TRAINED, build, lacks
 from measured_family import load, prepared, questions
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import flash_attention_mask
 
 from safemed_bench.attacks import build_strike
 from safemed_bench.attacks.base import frozen
@@ -22,6 +23,7 @@ from safemed_bench.models import attention, load_model
 from safemed_bench.models.generation import cache_options, generate
 from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.models.parallel import host_threads, in_threads
+from safemed_bench.models.patches import use_linear_patches
 from safemed_bench.models.pixels import image_processor_call
 from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.recompute import recompute
@@ -351,6 +353,41 @@ def test_packed_attention_is_that_of_each_sequence_alone(lengths):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
+class Patches(torch.nn.Module):
+    """A patch embedding as Qwen's, with something else after the convolution or with nothing."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.proj, self.after = torch.nn.Conv3d(3, 8, (2, 4, 4), (2, 4, 4)), after
+
+    def forward(self, patches):
+        return self.after(self.proj(patches.view(-1, 3, 2, 4, 4)).view(-1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patch_embeddings_that_are_more_than_a_product_are_left_alone(dtype):
+    shapes = [torch.nn.Identity(), torch.nn.LayerNorm(8), torch.nn.Unflatten(1, (2, 4)), torch.nn.ReLU()]
+    modules = [Patches(after).to(dtype) for after in shapes]
+    patches = torch.randn(5, 96).to(dtype)
+    with torch.no_grad():
+        before = [module(patches) for module in modules]
+        for module in modules:
+            use_linear_patches(module)
+        after = [module(patches) for module in modules]
+    assert ["forward" in vars(module) for module in modules] == [True, False, False, False]
+    close = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert all(torch.allclose(a, b, atol=close) for a, b in zip(before, after, strict=True))
+
+
+def test_each_qwen_tower_takes_its_patches_as_a_product(family, plain):
+    changed = [
+        name
+        for name, module in plain.model.named_modules()
+        if name.endswith("patch_embed") and "forward" in vars(module)
+    ]
+    assert bool(changed) == (family in QWEN)
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch, installed):
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
@@ -359,6 +396,19 @@ def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch, installed):
     assert [attention.preferred_attention(gpu, dtype) for dtype in attention.HALF] == [best, best]
     assert attention.preferred_attention(gpu, torch.float32) == "sdpa"
     assert attention.preferred_attention(cpu, torch.bfloat16) == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "paligemma2"], indirect=True)
+def test_flash_attention_is_not_for_prompts_that_are_seen_in_both_directions(monkeypatch, family, plain):
+    """transformers makes no mask for it that says so: the model would be another one."""
+    asked = []
+    model = copy.copy(plain.model)
+    monkeypatch.setattr(attention, "preferred_attention", lambda device, dtype: "flash_attention_2")
+    model.set_attn_implementation = asked.append
+    attention.use_preferred_attention(model, plain.device, both_ways=plain.chat.both_ways)
+    assert plain.chat.both_ways == (family != "qwen3_vl") == (not asked)
+    mask = {"attention_mask": torch.ones(1, 4, dtype=torch.bool), "mask_function": lambda *where: True}
+    assert flash_attention_mask(1, 4, 4, **mask) is None, "it heeds such masks now: the rule can go"
 
 
 @some

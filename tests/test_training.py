@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -13,17 +14,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from safemed_bench.attacks.base import frozen
 from safemed_bench.core.errors import UsageError
 from safemed_bench.datasets import base as datasets_base
 from safemed_bench.datasets.phantom import WORDS, spec
 from safemed_bench.models import loading
 from safemed_bench.models.card import card_from_folder
 from safemed_bench.models.huggingface import HuggingFaceVLM
+from safemed_bench.models.selfcheck import probe_batch
 from safemed_bench.models.tiny import TAGS, build_tokenizer
 from safemed_bench.training import data, sft, train, trainer
 from safemed_bench.training.checkpoint import load_start
 from safemed_bench.training.config import TaskConfig, load_config
 from safemed_bench.training.log import METRICS, TrainLog
+from safemed_bench.training.policy import evaluating
 from safemed_bench.training.tasks import letter_tokens, question_example
 from safemed_bench.training.validate import sample
 
@@ -202,6 +206,25 @@ def test_trained_weights_are_float32_wherever_they_come_from(config, tmp_path, m
     vlm = load_start(load_config(config, (f"init={start}",)), WORDS, torch.device("cpu"))
     assert {p.dtype for p in vlm.model.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in vlm.model.parameters())
+
+
+def test_gradient_checkpointing_acts_in_the_adversary_s_steps_too(config, tmp_path):
+    """They are taken in evaluation mode, where transformers' own switch does nothing; the gradient stays what it is."""
+    start = train(config, (*SHORT, f"output={tmp_path / 'start'}"), quiet=True)
+    layers, slopes = [], []
+    for asked in ("false", "true"):
+        overrides = (f"init={start}", f"gradient_checkpointing={asked}")
+        vlm = load_start(load_config(config, overrides), WORDS, torch.device("cpu"))
+        layer = vlm.model.get_decoder().layers[0].self_attn
+        layer.register_forward_hook(lambda *_: layers.append(torch.is_grad_enabled()))
+        batch = probe_batch(vlm)
+        for mode in (evaluating, nullcontext):
+            with frozen(vlm), mode(vlm.model):
+                pixels = batch.pixels.requires_grad_()
+                loss = vlm.token_loss(batch, pixels, ["A"] * len(batch)).sum()
+                slopes.append(torch.autograd.grad(loss, pixels)[0])
+    assert len(layers) == 2 + 2 * 2, "once a pass, or twice where it is asked for, in both modes"
+    assert all(torch.equal(slopes[0], slope) for slope in slopes[1:])
 
 
 def test_bf16_is_the_forward_pass_alone(config, tmp_path, fresh_accelerator):

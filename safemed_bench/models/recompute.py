@@ -1,7 +1,8 @@
 """Gradient checkpointing that acts: activations of a layer are computed again in the backward pass, not held.
 
 transformers' own switch is silently without effect in evaluation mode, in which everything here is attacked: dropout
-must stay off. So each layer that transformers could checkpoint is called through `torch.utils.checkpoint` here.
+must stay off. So in that mode each layer that transformers could checkpoint is called through `torch.utils.checkpoint`
+here. Training mode is left to transformers, which draws a layer's dropout the same way twice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .prefix import FixedCache
 
 
 def recompute(model: nn.Module, on: bool = True) -> bool:
-    """Switch it on or off for all layers of the model that know it; False where nothing changes."""
+    """Switch it on or off for evaluation mode, in all layers that know it; False where nothing changes."""
     changed = False
     for layer in model.modules():
         if not isinstance(layer, GradientCheckpointingLayer):
@@ -27,7 +28,7 @@ def recompute(model: nn.Module, on: bool = True) -> bool:
         own = layer.__dict__.get("forward")
         is_on = isinstance(own, partial) and own.func is _twice
         if on and not is_on:
-            layer.forward = partial(_twice, layer.forward)
+            layer.forward = partial(_twice, layer, layer.forward)
             changed = True
         elif is_on and not on:
             del layer.forward
@@ -35,9 +36,9 @@ def recompute(model: nn.Module, on: bool = True) -> bool:
     return changed
 
 
-def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _twice(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     cache = kwargs.get("past_key_values")
     grows = cache is not None and not isinstance(cache, FixedCache)
-    if grows or not torch.is_grad_enabled():
+    if layer.training or grows or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -58,7 +58,8 @@ def _fit(
     if not isinstance(attack, UniversalAttack):
         raise ValueError(f"attack '{job.attack}' is not one that is fitted")
     batch = model.prepare(part.questions, torch.from_numpy(canvas))
-    own = BatchSizer(AT_ONCE, sizer.forget, sizer.say)  # the run's own batch size must not change a perturbation
+    # the run's own batch size must not change a perturbation
+    own = BatchSizer(AT_ONCE, sizer.forget, sizer.say, relieve=sizer.relieve)
     answers: list[Answer] = []
 
     def ask(places: Sequence[int]) -> None:

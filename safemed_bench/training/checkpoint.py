@@ -21,6 +21,7 @@ from ..models import tiny
 from ..models.card import ENTRY_FILE, ModelCard, card_from_folder, folder_digest, locate
 from ..models.huggingface import HuggingFaceVLM
 from ..models.prompts import get_prompt
+from ..models.recompute import recompute
 from .config import TrainConfig
 from .log import METRICS
 from .settings import LoraSettings
@@ -55,6 +56,7 @@ def load_start(
     if config.gradient_checkpointing:
         whole: Any = vlm.model
         whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(whole)  # the adversary's steps, which are taken in evaluation mode
     if config.lora:
         adapted = with_lora(vlm.model, config.lora)
         vlm = HuggingFaceVLM(adapted, vlm.processor, vlm.card, resolution, device=device)

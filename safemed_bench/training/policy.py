@@ -83,9 +83,9 @@ class Policy(nn.Module):
 
     @property
     def uses_cache(self) -> bool:
-        """Now: gradient checkpointing, which acts in training mode only, drops the cache in transformers."""
+        """Now: a growing cache cannot be computed twice; so gradient checkpointing goes without, but for sampling."""
         checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
-        return self.cached and not (checkpointing and self.model.training)
+        return self.cached and not (checkpointing and (self.model.training or torch.is_grad_enabled()))
 
 
 @dataclass
