@@ -76,7 +76,8 @@ class Climb(Attack):
                 pursuit.verify(rows[reading.suspects], delta[reading.suspects], loss[reading.suspects])
             if self.active_set:
                 standing = ~pursuit.success[rows]
-                rows, delta, loss, gradient = rows[standing], delta[standing], loss[standing], gradient[standing]
+                if not standing.all():
+                    rows, delta, loss, gradient = rows[standing], delta[standing], loss[standing], gradient[standing]
                 if not len(rows):
                     return
             delta = walk.move(rows, delta, loss, gradient)

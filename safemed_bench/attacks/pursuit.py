@@ -131,13 +131,12 @@ class Pursuit:
         A loss that does not depend on the picture (a text-only entry's) has a dead gradient, not an error.
         """
         pixels = (self.clean[rows] + delta).detach().requires_grad_(gradient)
-        slope = torch.zeros_like(delta)
         with torch.set_grad_enabled(gradient):  # whatever the caller has set
             loss, suspects = self._at(rows)(pixels)
-            if gradient and loss.requires_grad:
-                (slope,) = torch.autograd.grad(loss.sum(), pixels)
-            if gradient:
-                slope = self._repaired(rows, slope)
+            alive = gradient and loss.requires_grad
+            slope = torch.autograd.grad(loss.sum(), pixels)[0] if alive else torch.zeros_like(delta)
+        if gradient:
+            slope = self._repaired(rows, slope)
         reading = Reading(loss.detach().float(), suspects.detach())
         self._note(rows, reading, gradient)
         return reading, slope
