@@ -275,30 +275,44 @@ def test_fgsm_is_one_whole_step_from_the_clean_image():
     assert (result.steps == 1).all() and (result.forwards == 2).all() and (result.verdicts == 1).all()
 
 
+@dataclass(frozen=True)
+class Valley(Prepared):
+    """Highest at a quarter of the step, so that the whole step ends lower than it began."""
+
+    peak: torch.Tensor
+    suspect: bool
+
+    def __call__(self, pixels):
+        loss = -(pixels - self.peak).square().flatten(1).sum(1)
+        return Reading(loss, torch.full_like(loss, self.suspect, dtype=torch.bool))
+
+    def select(self, rows):
+        return Valley(self.peak[rows], self.suspect)
+
+
+@dataclass(frozen=True)
+class ValleyObjective(Objective):
+    name: ClassVar[str] = "valley"
+    suspect: bool = False
+
+    def prepare(self, model, batch, clean_answers):
+        return Valley(batch.pixels + HEADLINE.eps / 4, self.suspect)
+
+
 def test_fgsm_keeps_its_step_even_where_the_loss_fell():
-    @dataclass(frozen=True)
-    class Valley(Prepared):
-        """Highest at a quarter of the step, so that the whole step ends lower than it began."""
-
-        peak: torch.Tensor
-
-        def __call__(self, pixels):
-            loss = -(pixels - self.peak).square().flatten(1).sum(1)
-            return Reading(loss, torch.zeros_like(loss, dtype=torch.bool))
-
-        def select(self, rows):
-            return Valley(self.peak[rows])
-
-    class ValleyObjective(Objective):
-        name: ClassVar[str] = "valley"
-
-        def prepare(self, model, batch, clean_answers):
-            return Valley(batch.pixels + HEADLINE.eps / 4)
-
     fgsm, pgd = (attack(kind, ToyVLM(), ValleyObjective()) for kind in (FGSM(), PGD(steps=1, random_start=False)))
     one = fgsm.attacked
     assert (fgsm.final_loss[one] < fgsm.start_loss[one]).all() and (fgsm.linf[one] == HEADLINE.eps).all()
     assert (pgd.final_loss[one] == pgd.start_loss[one]).all() and (pgd.linf[one] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "suspect", "last"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_the_last_iterate_is_judged_where_a_costly_verdict_was_never_asked_for(reasons, suspect, last):
+    result = attack(PGD(steps=1, random_start=False), ToyVLM(reasons=reasons), ValleyObjective(suspect))
+    moved = result.linf[result.attacked] == HEADLINE.eps
+    assert result.attacked.any() and torch.equal(moved, torch.full_like(moved, last))
 
 
 def attack_clean(model, batch, answers, kind) -> AttackResult:

@@ -63,7 +63,8 @@ class Climb(Attack):
             rows = pursuit.survivors() if self.active_set else rows
 
     def _climb(self, pursuit: Pursuit, rows: Tensor) -> None:
-        """One restart: `steps` steps from one start, then a verdict on the best iterate of all that still stand."""
+        """One restart: `steps` steps from one start, then a verdict on the best iterate of all that still stand, or on
+        the last one where the surrogate, in place of a costly verdict, has never held any for wrong."""
         walk, restarted = self.walk(pursuit), rows
         delta = self._start(pursuit, rows)
         pursuit.begin(rows)
@@ -75,7 +76,8 @@ class Climb(Attack):
                 pursuit.verify(rows[reading.suspects], delta[reading.suspects], loss[reading.suspects])
             if self.active_set:
                 standing = ~pursuit.success[rows]
-                rows, delta, loss, gradient = rows[standing], delta[standing], loss[standing], gradient[standing]
+                if not standing.all():
+                    rows, delta, loss, gradient = rows[standing], delta[standing], loss[standing], gradient[standing]
                 if not len(rows):
                     return
             delta = walk.move(rows, delta, loss, gradient)
@@ -83,7 +85,7 @@ class Climb(Attack):
             pursuit.keep(rows, delta, torch.zeros_like(pursuit.best_loss[rows]), always=True)
         else:
             reading, _ = pursuit.read(rows, delta, gradient=False)
-            pursuit.keep(rows, delta, reading.loss, always=self.keeps_last)
+            pursuit.keep(rows, delta, reading.loss, always=self.keeps_last | pursuit.unsuspected(rows))
         pursuit.settle(restarted)
 
     def _start(self, pursuit: Pursuit, rows: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ class Straight(Walk):
 
     def move(self, rows: Tensor, delta: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
         clean = self.clean[rows]
-        return project(self.threat, delta + self.length * ascent(self.threat, gradient, clean + delta), clean)
+        step = ascent(self.threat, gradient, clean + delta)
+        return project(self.threat, delta.add(step, alpha=self.length), clean)
 
 
 @dataclass(frozen=True)

@@ -131,13 +131,12 @@ class Pursuit:
         A loss that does not depend on the picture (a text-only entry's) has a dead gradient, not an error.
         """
         pixels = (self.clean[rows] + delta).detach().requires_grad_(gradient)
-        slope = torch.zeros_like(delta)
         with torch.set_grad_enabled(gradient):  # whatever the caller has set
             loss, suspects = self._at(rows)(pixels)
-            if gradient and loss.requires_grad:
-                (slope,) = torch.autograd.grad(loss.sum(), pixels)
-            if gradient:
-                slope = self._repaired(rows, slope)
+            alive = gradient and loss.requires_grad
+            slope = torch.autograd.grad(loss.sum(), pixels)[0] if alive else torch.zeros_like(delta)
+        if gradient:
+            slope = self._repaired(rows, slope)
         reading = Reading(loss.detach().float(), suspects.detach())
         self._note(rows, reading, gradient)
         return reading, slope
@@ -163,10 +162,10 @@ class Pursuit:
 
     def _repaired(self, rows: Tensor, slope: Tensor) -> Tensor:
         """A gradient that is not finite becomes zero, is counted, and moves nothing."""
-        finite = slope.isfinite().flatten(1).all(dim=1)
-        slope = torch.where(finite.view(-1, 1, 1, 1), slope, 0.0)
-        self.dead[rows] += (slope.flatten(1) == 0).all(dim=1).long()
-        return slope
+        largest = slope.flatten(1).abs().amax(dim=1)  # NaN where any value is
+        finite = largest.isfinite()
+        self.dead[rows] += (~finite | (largest == 0)).long()
+        return slope if finite.all() else torch.where(finite.view(-1, 1, 1, 1), slope, 0.0)
 
     def _note(self, rows: Tensor, reading: Reading, gradient: bool) -> None:
         self.start_loss[rows] = torch.where(self.forwards[rows] == 0, reading.loss, self.start_loss[rows])
@@ -178,9 +177,17 @@ class Pursuit:
         self.suspected[rows] = torch.where(first, len(self.trace), self.suspected[rows])
         self.trace.append(column)
 
-    def keep(self, rows: Tensor, delta: Tensor, loss: Tensor, *, always: bool = False) -> None:
-        """Hold `delta` as the rows' candidate where its loss beats the candidate's (or always)."""
-        better = torch.full_like(loss, always, dtype=torch.bool) | (loss > self.best_loss[rows])
+    def unsuspected(self, rows: Tensor) -> Tensor:
+        """(rows,) bool: verdicts are costly and the surrogate has held no iterate of the row for wrong.
+
+        The highest of its losses then says little of where a rationale that is written anew goes wrong: of 64 questions
+        each to two entries that reason, PGD on the answer token fooled 6 by the last iterate and 3 by the best.
+        """
+        return (self.suspected[rows] < 0) & (self.costly and self.judged)
+
+    def keep(self, rows: Tensor, delta: Tensor, loss: Tensor, *, always: bool | Tensor = False) -> None:
+        """Hold `delta` as the rows' candidate where its loss beats the candidate's (or always, which may be (rows,))."""
+        better = (loss > self.best_loss[rows]) | always
         self.best_loss[rows[better]] = loss[better]
         self.best_delta[rows[better]] = delta[better]
 

@@ -40,7 +40,7 @@ def project(threat: ThreatModel, delta: Tensor, clean: Tensor) -> Tensor:
         room = torch.where(delta >= 0, high - clean, clean - low).clamp_min(0.0)
         return _onto_l1(delta, room, threat.eps)
     if threat.norm == "linf":
-        return (clean + delta.clamp(-threat.eps, threat.eps)).clamp(low, high) - clean
+        return delta.clamp(-threat.eps, threat.eps).add_(clean).clamp_(low, high).sub_(clean)
     boxed = (clean + delta).clamp(low, high) - clean
     return boxed * (threat.eps / flat_norm(boxed).clamp_min(1e-12)).clamp_max(1.0)
 
