@@ -7,20 +7,20 @@ import sys
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 
 from safemed_bench.training.at_grpo import ATGRPO
 from safemed_bench.training.checkpoint import load_start
 from safemed_bench.training.config import load_config
 from safemed_bench.training.data import load_corpus
 from safemed_bench.training.policy import Policy
+from safemed_bench.training.sharding import whole
 from safemed_bench.training.stage import Learner
-from safemed_bench.training.trainer import schedule
+from safemed_bench.training.trainer import _accelerator, schedule
 
 
 def main(path: str, out: str) -> None:
     config = load_config(path)
-    accelerator = Accelerator(cpu=True)
+    accelerator = _accelerator(config)
     with accelerator.local_main_process_first():
         corpus = load_corpus(config.data, "train")
     vlm = load_start(config, corpus.words, accelerator.device)
@@ -36,8 +36,9 @@ def main(path: str, out: str) -> None:
     made_up = [torch.randn(group, generator=torch.Generator().manual_seed(place)) for place in prompts.places]
     found = replace(found, advantages=torch.cat(made_up))
     method._learn(prompts, found, method._reference(prompts, found), None)
+    gradients = whole({n: p.grad for n, p in method.policy.named_parameters() if p.grad is not None})
     if accelerator.is_main_process:
-        torch.save({n: p.grad for n, p in method.policy.named_parameters() if p.grad is not None}, out)
+        torch.save(gradients, out)
     accelerator.wait_for_everyone()
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ..attacks.base import Prepared
 from ..attacks.objectives import AnswerToken, NoThink
@@ -28,8 +27,9 @@ from .adversary import Curriculum, FeatureDistance, Noised, WeightedRollouts, ga
 from .data import augmented
 from .experience import Drawn, Experience, Prompts, draw, is_right, joined, judge
 from .losses import PolicyLoss, consistency, policy_loss
-from .policy import Policy
+from .policy import Policy, exchanged
 from .rollout import Rollouts, draws, sample
+from .sharding import spread
 from .stage import Learner, Step
 
 
@@ -194,7 +194,8 @@ class ATGRPO:
             group,
             self.settings.temperature,
         )
-        logps: Tensor = functional_call(self.policy, self.reference, arguments).logps
+        with exchanged(self.policy, self.reference):
+            logps: Tensor = self.policy(*arguments).logps
         return logps.view(experience.tokens.shape)
 
     def _learn(
@@ -209,7 +210,7 @@ class ATGRPO:
         for start in range(0, count, size):
             rows = slice(start, min(start + size, count))
             last = rows.stop == count
-            with learner.accelerator.no_sync(learner.module) if not last else nullcontext():
+            with learner.accumulating() if not last else nullcontext():
                 ref = None if reference is None else reference[rows]
                 before = None if old is None else old[rows]
                 loss, logps, values = self._loss(prompts, experience, rows, ref, before, tokens)
@@ -297,7 +298,8 @@ class ATGRPO:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.curriculum:
             self.curriculum.load_state_dict(state["curriculum"])
-        self.reference = {n: t.to(self.learner.vlm.device) for n, t in state["reference"].items()}
+        own = dict(self.policy.named_parameters())
+        self.reference = {n: spread(t, own[n]) for n, t in state["reference"].items()}
 
 
 def _repeated(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from ..models.recompute import recompute
 from .config import TrainConfig
 from .log import METRICS
 from .settings import LoraSettings
+from .sharding import is_sharded, load_optimizer, whole
 from .stage import Method
 
 KEEP = 2
@@ -135,19 +136,21 @@ class Checkpoints:
         return self.folder / f"step-{step:07d}.pt"
 
     def save(self, step: int, method: Method) -> None:
-        """Write whole, then name; the oldest beyond the last two are removed."""
-        if not self.accelerator.is_main_process:
+        """Write whole, then name; the oldest beyond the last two are removed. The main process writes, all gather."""
+        learner, main = method.learner, self.accelerator.is_main_process
+        if not (main or is_sharded(learner.vlm.model)):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        learner = method.learner
         state = {
             "origin": self.origin,
-            "model": _trained(learner.vlm.model) if learner.config.lora else learner.vlm.model.state_dict(),
-            "optimizer": learner.optimizer.state_dict(),
+            "model": _weights(learner.vlm.model, self.lora, main),
+            "optimizer": whole(learner.optimizer.state_dict(), main),
             "scheduler": learner.scheduler.state_dict(),
-            "method": method.state_dict(),
+            "method": whole(method.state_dict(), main),
             "torch_rng": torch.get_rng_state(),
         }
+        if not main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self._path(step).with_suffix(".tmp")
         torch.save(state, scratch)
         scratch.replace(self._path(step))
@@ -163,7 +166,7 @@ class Checkpoints:
     def load_method(self, step: int, method: Method) -> None:
         """Optimiser, schedule and what the method remembers, inside a stage."""
         state = self._state(step)
-        method.learner.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(method.learner.optimizer, state["optimizer"])
         method.learner.scheduler.load_state_dict(state["scheduler"])
         method.load_state_dict(state["method"])
 
@@ -172,10 +175,13 @@ class Checkpoints:
         return state
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters alone: the frozen rest is the start, which the checkpoint's origin names."""
+def _weights(model: nn.Module, lora: bool, keep: bool) -> dict[str, Tensor]:
+    """Whole weights. Of a model with adapters these alone: the frozen rest is the start, which the checkpoint's origin
+    names."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name in names}
+    state = {name: value for name, value in model.state_dict().items() if name in names or not lora}
+    weights: dict[str, Tensor] = whole(state, keep)
+    return weights
 
 
 def origin(config: TrainConfig, data: str) -> dict[str, str]:
@@ -192,6 +198,23 @@ def config_digest(config: TrainConfig) -> str:
     """Hash of everything in a config that can change the weights."""
     text = json.dumps(config.model_dump(mode="json", exclude=FREE_FIELDS), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def finished(
+    vlm: HuggingFaceVLM, config: TrainConfig, words: Sequence[str], accelerator: Accelerator
+) -> HuggingFaceVLM:
+    """The trained model as the main process can save it; called by all processes.
+
+    One in shards is put together on the CPU, from what it started as and what has been trained.
+    """
+    if not is_sharded(vlm.model):
+        return vlm
+    weights = _weights(vlm.model, config.lora is not None, accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return vlm
+    fresh = load_start(config, words, torch.device("cpu"), bf16=accelerator.mixed_precision == "bf16")
+    fresh.model.load_state_dict(weights, strict=config.lora is None)
+    return fresh
 
 
 def save_entry(vlm: HuggingFaceVLM, config: TrainConfig) -> Path:

@@ -10,7 +10,7 @@ Rows are prompt-major throughout (a a a b b b): tiling instead of interleaving w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -200,6 +200,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """`weights` and the parameters that they name trade places inside, a tensor at a time."""
+    parameters = dict(module.named_parameters())
+
+    @torch.no_grad()
+    def trade() -> None:
+        for name, other in weights.items():
+            own = parameters[name].detach().clone()
+            parameters[name].copy_(other)
+            other.copy_(own)
+
+    trade()
+    try:
+        yield
+    finally:
+        trade()
 
 
 def check_cache(vlm: HuggingFaceVLM) -> tuple[bool, str]:

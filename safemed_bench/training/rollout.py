@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.seeds import derive_seed
 from ..models.huggingface import INPUTS, HuggingFaceVLM
 from .policy import Encoded, Policy, evaluating, plain_logits, repeated
+from .sharding import any_process
 
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")
 
@@ -91,16 +92,19 @@ def sample(
         decoder: _Cached | _Plain = (_Cached if policy.uses_cache else _Plain)(vlm, prompts, pixel_values, group)
         logits = decoder.first()
         for t in range(max_new_tokens):
-            chosen, logps[rows, t] = _choose(logits, uniforms[rows, t], barred, temperature, top_p)
+            chosen, logps[rows, t] = _choose(logits[: len(rows)], uniforms[rows, t], barred, temperature, top_p)
             tokens[rows, t], mask[rows, t] = chosen, True
             going = (~torch.isin(chosen, ends)).nonzero()[:, 0]
             rows = rows[going]
-            if not len(rows) or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens or not any_process(policy.model, len(rows) > 0):
                 break
-            logits = decoder.step(going, chosen[going])
+            if len(rows):
+                logits = decoder.step(going, chosen[going])
+            else:  # other processes still need this one's shards: a row goes on that nobody reads
+                logits = decoder.step(going.new_zeros(1), ends[:1])
     finished = torch.ones(count, dtype=torch.bool, device=vlm.device)
     finished[rows] = False
-    width = int(mask.any(0).sum())
+    width = t + 1  # that of the longest reply, of all processes' where they go on together
     return Rollouts(tokens[:, :width], mask[:, :width], finished, logps[:, :width])
 
 

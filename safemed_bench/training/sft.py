@@ -16,6 +16,7 @@ from ..models.huggingface import HuggingFaceVLM
 from .adversary import Curriculum, Noised, TaughtReply, gaussian, generators, noised, perturb
 from .config import TaskConfig, TrainConfig
 from .data import Corpus, augmented, shuffled_options
+from .sharding import any_process
 from .stage import Learner, Step
 from .tasks import Example, binding_example, caption_example, open_example, question_example, stated_example
 
@@ -93,12 +94,15 @@ class SFT:
         if stage.adversary and self.curriculum:
             eps = self.curriculum.eps(step.in_stage)
             rows = torch.tensor(attacked_rows(batch.places, stage.adversary.share), dtype=torch.long)
+            # Where others attack, this process takes their steps too, on a row whose perturbation is not used.
+            idle = any_process(learner.vlm.model, len(rows) > 0) and not len(rows)
+            taken = torch.zeros(1, dtype=torch.long) if idle else rows
             inner: Prepared = taught(learner.vlm, batch.examples)
-            inner = (inner if noise is None else Noised(inner, noise)).select(rows)
-            draws = generators([batch.places[i] for i in rows], "pgd", *seed)
+            inner = (inner if noise is None else Noised(inner, noise)).select(taken)
+            draws = generators([batch.places[i] for i in taken], "pgd", *seed)
             with learner.accelerator.autocast():
-                found = perturb(learner.vlm, inner, clean[rows], stage.adversary, eps, draws)
-            pixels = clean.index_add(0, rows.to(clean.device), found.delta)
+                found = perturb(learner.vlm, inner, clean[taken], stage.adversary, eps, draws)
+            pixels = clean.index_add(0, rows.to(clean.device), found.delta[: len(rows)])
             dead = float((found.dead > 0).float().mean()) if len(rows) else 0.0
             noted = {"attack/eps": eps, "attack/dead_gradients": dead}
         return noised(pixels, noise), noted

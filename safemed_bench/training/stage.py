@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 from ..models.huggingface import HuggingFaceVLM
 from .config import StageConfig, TrainConfig
 from .data import Corpus
+from .sharding import is_sharded, prepared, whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Learner:
-    """A model with the optimiser of one stage. `module` is what computes the loss, wrapped for data-parallel work."""
+    """A model with the optimiser of one stage. `module` computes the loss, wrapped for data-parallel work where the model
+    itself is not in shards."""
 
     config: TrainConfig
     stage: StageConfig
@@ -49,7 +52,7 @@ class Learner:
         module: nn.Module,
     ) -> Learner:
         """With a fresh AdamW and cosine schedule; biases and gains are not decayed."""
-        module = accelerator.prepare(module)
+        module = prepared(accelerator, module, vlm)
         trained = [p for p in module.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": stage.weight_decay},
@@ -58,18 +61,23 @@ class Learner:
         optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
         scheduler = get_cosine_schedule_with_warmup(optimizer, stage.warmup, stage.steps)
         # The schedule is not prepared: accelerate would move it on once for each process.
-        return cls(config, stage, vlm, corpus, accelerator, module, accelerator.prepare(optimizer), scheduler)
+        return cls(config, stage, vlm, corpus, accelerator, module, accelerator.prepare_optimizer(optimizer), scheduler)
 
     @property
     def processes(self) -> int:
         return int(self.accelerator.num_processes)
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Inside, a backward pass leaves its gradients with this process. Sharded ones are added up at once: whole ones
+        would take the memory that shards save."""
+        return nullcontext() if is_sharded(self.vlm.model) else self.accelerator.no_sync(self.module)
 
     def descend(self) -> dict[str, float]:
         """Clip the gathered gradients and take one optimiser step."""
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.stage.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"gradient_norm": float(norm), "learning_rate": self.scheduler.get_last_lr()[0]}
+        return {"gradient_norm": float(whole(norm)), "learning_rate": self.scheduler.get_last_lr()[0]}
 
     def shared(self, values: Mapping[str, float]) -> dict[str, float]:
         """Means over all processes."""

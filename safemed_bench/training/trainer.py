@@ -19,12 +19,13 @@ from ..core.errors import UsageError
 from ..core.seeds import derive_seed
 from ..models.huggingface import HuggingFaceVLM
 from .at_grpo import ATGRPO
-from .checkpoint import Checkpoints, load_start, save_entry
+from .checkpoint import Checkpoints, finished, load_start, save_entry
 from .config import TrainConfig
 from .data import Corpus, load_corpus
 from .log import TrainLog
 from .policy import Policy
 from .sft import SFT, SFTLoss
+from .sharding import set_up
 from .stage import Learner, Method, Step
 from .validate import overfitting, validate
 
@@ -68,8 +69,9 @@ def train(config: TrainConfig, *, resume: bool = True, quiet: bool = False) -> P
                     _look(log, done, step, method, held_out)
             if done % config.save_every == 0 or step.in_stage == step.stage.steps - 1:
                 checkpoints.save(done, method)
+    trained = finished(vlm, config, corpus.words, accelerator)
     if accelerator.is_main_process:
-        save_entry(vlm, config)
+        save_entry(trained, config)
         from ..report.training import write_training_page  # figures take seconds to import: not at the start
 
         write_training_page(config.folder)
@@ -114,9 +116,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     precision = auto if config.precision == "auto" else config.precision
     # A batch of text alone leaves the vision tower without gradients.
     kwargs = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not on_gpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[kwargs]
     )
+    set_up(accelerator)
+    return accelerator
 
 
 def _check(config: TrainConfig, corpus: Corpus, processes: int) -> None:
