@@ -98,10 +98,9 @@ def sample(
             rows = rows[going]
             if t + 1 == max_new_tokens or not any_process(policy.model, len(rows) > 0):
                 break
-            if len(rows):
-                logits = decoder.step(going, chosen[going])
-            else:  # other processes still need this one's shards: a row goes on that nobody reads
-                logits = decoder.step(going.new_zeros(1), ends[:1])
+            if not len(rows):  # other processes still need this one's shards: a row goes on that nobody reads
+                going, chosen = going.new_zeros(1), ends[:1]
+            logits = decoder.step(going, chosen[going])
     finished = torch.ones(count, dtype=torch.bool, device=vlm.device)
     finished[rows] = False
     width = t + 1  # that of the longest reply, of all processes' where they go on together

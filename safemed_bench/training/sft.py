@@ -72,15 +72,19 @@ class SFT:
 
     def update(self, step: Step) -> dict[str, float]:
         learner = self.learner
+        values = learner.shared(self.backward(step)) | learner.descend()
+        learner.scheduler.step()
+        return values
+
+    def backward(self, step: Step) -> dict[str, float]:
+        """Gradients of a step's batch, averaged over all processes; what is to be logged of this one's share."""
+        learner = self.learner
         whole = draw(learner.vlm, learner.corpus, learner.config, step)
         batch = whole.share(learner.accelerator.process_index, learner.processes)
         pixels, noted = self._pixels(batch, step)
         loss = learner.module(batch.examples, pixels)
         learner.accelerator.backward(loss)
-        values = {f"loss/{batch.kind}": float(loss.detach()), **noted}
-        values = learner.shared(values) | learner.descend()
-        learner.scheduler.step()
-        return values
+        return {f"loss/{batch.kind}": float(loss.detach()), **noted}
 
     def _pixels(self, batch: Draw, step: Step) -> tuple[Tensor | None, dict[str, float]]:
         """The images as this stage shows them, [0, 1] before noise, and what is to be logged of the attack."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, register_fsdp_forward_method
@@ -31,16 +32,17 @@ from ..models.prefix import Prefix
 def set_up(accelerator: Accelerator) -> None:
     """Check what the launcher asks for. Raises UsageError where its FSDP settings are none that training can work with.
 
-    On CPUs accelerate ignores them and would train on whole weights; here it does as on GPUs.
+    On CPUs accelerate ignores them and would train on whole weights; here they count as on GPUs.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return
     state = accelerator.state
-    if state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
-    if state.distributed_type == DistributedType.FSDP:
+        for part in (AcceleratorState, PartialState):
+            part._shared_state["distributed_type"] = DistributedType.FSDP
+    if accelerator.distributed_type == DistributedType.FSDP:
         _check(state.fsdp_plugin)
 
 
@@ -99,10 +101,11 @@ def _shard(accelerator: Accelerator, vlm: HuggingFaceVLM) -> None:
     # accelerate takes a model only with an optimiser; the stages' own come later, on the shards.
     sharded: Any = accelerator.prepare(model, torch.optim.SGD(model.parameters()))[0]
     sharded.set_reshard_after_forward(True)  # the outermost weights as well, which are kept whole by default
+    # transformers' `generate` encodes the image before it calls the model's forward, and PEFT's goes past its own: the
+    # outermost weights are gathered for all of it. The mark is transformers' own: it then ends on all processes at once.
+    register_fsdp_forward_method(sharded, "generate")
     base: Any = unwrapped(model)
-    base._is_fsdp_managed_module = True  # transformers' own mark: `generate` then ends on all processes at once
-    if base is not model:  # PEFT's `generate` goes past its own forward
-        register_fsdp_forward_method(model, "generate")
+    base._is_fsdp_managed_module = True
 
 
 def any_process(model: nn.Module, own: bool) -> bool:

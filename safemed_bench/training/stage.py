@@ -29,8 +29,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Learner:
-    """A model with the optimiser of one stage. `module` computes the loss, wrapped for data-parallel work where the model
-    itself is not in shards."""
+    """A model with the optimiser of one stage.
+
+    module: what computes the loss, wrapped for data-parallel work unless it is the model itself that is in shards.
+    """
 
     config: TrainConfig
     stage: StageConfig
