@@ -27,6 +27,7 @@ from ..core.errors import UsageError
 from ..models.huggingface import HuggingFaceVLM
 from ..models.loading import unwrapped
 from ..models.prefix import Prefix
+from ..models.selfcheck import probe_batch
 
 
 def set_up(accelerator: Accelerator) -> None:
@@ -89,6 +90,9 @@ def prepared(accelerator: Accelerator, module: nn.Module, vlm: HuggingFaceVLM) -
         return wrapped
     if not is_sharded(vlm.model):
         _shard(accelerator, vlm)
+    computes: Any = module
+    # As accelerate does with what it wraps: the loss is then computed as rollouts and reference are.
+    computes.forward = accelerator.autocast()(module.forward)
     return module
 
 
@@ -102,10 +106,15 @@ def _shard(accelerator: Accelerator, vlm: HuggingFaceVLM) -> None:
     sharded: Any = accelerator.prepare(model, torch.optim.SGD(model.parameters()))[0]
     sharded.set_reshard_after_forward(True)  # the outermost weights as well, which are kept whole by default
     # transformers' `generate` encodes the image before it calls the model's forward, and PEFT's goes past its own: the
-    # outermost weights are gathered for all of it. The mark is transformers' own: it then ends on all processes at once.
+    # outermost weights are gathered for all of it. By transformers' own mark it then ends on all processes at once.
     register_fsdp_forward_method(sharded, "generate")
     base: Any = unwrapped(model)
     base._is_fsdp_managed_module = True
+    # The first pass settles the gradients' type for good, by what is trained: it must not be an attack's, where all is
+    # frozen.
+    batch = probe_batch(vlm)
+    with torch.no_grad():
+        vlm.option_logits(batch, batch.pixels)
 
 
 def any_process(model: nn.Module, own: bool) -> bool:
