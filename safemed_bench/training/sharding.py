@@ -11,7 +11,6 @@ it too. All that training has to know of shards is here.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,8 +38,6 @@ def set_up(accelerator: Accelerator) -> None:
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        if accelerator.mixed_precision != "no":
-            state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         for part in (AcceleratorState, PartialState):
             part._shared_state["distributed_type"] = DistributedType.FSDP
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -100,8 +97,9 @@ def _shard(accelerator: Accelerator, vlm: HuggingFaceVLM) -> None:
     """In place: the model stays the same object, its parameters become DTensors."""
     vlm.prefix = Prefix.off("the weights are in shards")  # it would hold on to the whole ones
     plugin, model = accelerator.state.fsdp_plugin, vlm.model
-    if plugin.mixed_precision_policy is not None:  # gradients are added up in float32, as they are in DDP
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+    # Weights are gathered, and gradients added up, in float32: bfloat16 is autocast's, as without shards. FSDP's own
+    # policy would keep the residual stream in bfloat16 too.
+    plugin.mixed_precision_policy = None
     # accelerate takes a model only with an optimiser; the stages' own come later, on the shards.
     sharded: Any = accelerator.prepare(model, torch.optim.SGD(model.parameters()))[0]
     sharded.set_reshard_after_forward(True)  # the outermost weights as well, which are kept whole by default
@@ -132,7 +130,7 @@ def whole(tree: Any, keep: bool = True) -> Any:
     keep: False for those that have no use for it; they get None in the places of tensors.
     """
     if isinstance(tree, DTensor):
-        gathered = tree.detach().full_tensor()
+        gathered = tree.full_tensor().detach()
         return gathered.cpu() if keep else None
     if isinstance(tree, dict):
         return {name: whole(value, keep) for name, value in tree.items()}
