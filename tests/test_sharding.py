@@ -1,4 +1,4 @@
-"""Training on several processes as documented: the files in docs/configs are launched, DDP and FSDP, on CPU and gloo."""
+"""Training on several processes as documented: the files in docs/configs are launched, on CPUs and gloo."""
 
 import json
 import os
