@@ -186,7 +186,7 @@ class Pursuit:
         return (self.suspected[rows] < 0) & (self.costly and self.judged)
 
     def keep(self, rows: Tensor, delta: Tensor, loss: Tensor, *, always: bool | Tensor = False) -> None:
-        """Hold `delta` as the rows' candidate where its loss beats the candidate's (or always, which may be (rows,))."""
+        """Hold `delta` as the rows' candidate where its loss beats the candidate's, or always (bool, or (rows,))."""
         better = (loss > self.best_loss[rows]) | always
         self.best_loss[rows[better]] = loss[better]
         self.best_delta[rows[better]] = delta[better]
