@@ -16,13 +16,15 @@ from transformers import DynamicCache, StaticCache
 from safemed_bench.attacks import build_strike
 from safemed_bench.attacks.base import frozen
 from safemed_bench.core.types import ThreatModel
-from safemed_bench.models import load_model
+from safemed_bench.models import huggingface, load_model
 from safemed_bench.models.generation import cache_options, generate
 from safemed_bench.models.huggingface import HuggingFaceVLM
+from safemed_bench.models.loading import compute_dtype, torch_dtype
 from safemed_bench.models.parallel import host_threads, in_threads
 from safemed_bench.models.pixels import image_processor_call
 from safemed_bench.models.prefix import Prefix
 from safemed_bench.models.recompute import recompute
+from safemed_bench.models.sequences import behind
 from safemed_bench.run.batching import BatchSizer
 from safemed_bench.suite.schema import ModelSpec
 from safemed_bench.training.checkpoint import with_lora
@@ -126,6 +128,34 @@ def test_cached_prefix_gives_the_same_verdicts(plain):
 
 def vars_of(question):
     return {name: getattr(question, name) for name in question.__slots__}
+
+
+def shifted(inputs, length):
+    """What comes after the cached text stands one position too far."""
+    rest = behind(inputs, length)
+    return rest | {"position_ids": rest["position_ids"] + 1}
+
+
+def unseen(inputs, length):
+    """The first cached token is not attended to."""
+    rest = behind(inputs, length)
+    return rest | {"attention_mask": rest["attention_mask"].index_fill(1, torch.tensor([0]), 0)}
+
+
+@some
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_cache_that_is_slightly_wrong_is_refused(monkeypatch, folder, family, dtype):
+    """In bfloat16 too, whose rounding is as large as such faults; the weights come out of the check as they were."""
+    vlm = load(family, folder, dtype=dtype)
+    weights = [(p, p.dtype, p.data_ptr(), p.clone()) for p in vlm.model.parameters()]
+    for fault in (shifted, unseen):
+        with monkeypatch.context() as patch:
+            patch.setattr(huggingface, "behind", fault)
+            assert "with it, scores differ" in Prefix.of(vlm, worth=0).reason
+    right = with_prefix(vlm)
+    assert all((p.dtype, p.data_ptr()) == (kind, at) and torch.equal(p, old) for p, kind, at, old in weights)
+    keys = {layer.keys.dtype for layer in right.prefix.cache().layers}
+    assert keys == {compute_dtype(vlm.model)} == {torch_dtype(dtype, vlm.device)}
 
 
 @some

@@ -6,7 +6,8 @@ computed without gradient, as one row, and put before the rest of each sequence,
 were.
 
 Used by a clear rule, not by a flag: where a pass spends at least `WORTH` on these tokens, the family's attention is
-causal, and the start-up check finds the uncached path's scores and image gradient.
+causal, and the start-up check finds the uncached path's scores and image gradient. That is checked in float32: rounding
+in bfloat16 is as large as what a cache that is off by one position changes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .loading import compute_dtype
-from .selfcheck import LOW_PRECISION, probe_batch
+from .precision import in_float32
+from .selfcheck import probe_batch
 from .sequences import INPUTS
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ scores that differ in the last digit from those of records that exist: shipped e
 """
 
 SCORE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-"""float32: nats, and relative to the norm of the gradient with respect to the image."""
+"""Nats, and relative to the norm of the gradient with respect to the image."""
 
 CACHE_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What a family raises whose cache does not go on from a prompt."""
@@ -90,15 +92,13 @@ class Prefix:
             return cls.off("parts of the prompt are seen in both directions")
         drafted = cls(ids, "", vlm, _weights=tuple(vlm.model.parameters()))
         try:
-            error, slope = _errors(vlm, drafted)
+            with in_float32(vlm):
+                error, slope = _errors(vlm, drafted)
         except CACHE_ERRORS as problem:
             text = " ".join(str(problem).split())[:200]
             return cls.off(f"the family's cache cannot be used ({type(problem).__name__}: {text})")
-        exact = compute_dtype(vlm.model) in (torch.float32, torch.float64)
         measured = f"scores differ by {error:.1e}, the image gradient by {slope:.1e}"
-        if error > (SCORE_TOLERANCE if exact else LOW_PRECISION) or not slope <= (
-            GRADIENT_TOLERANCE if exact else 2 * LOW_PRECISION
-        ):
+        if not (error <= SCORE_TOLERANCE and slope <= GRADIENT_TOLERANCE):
             return cls.off(f"with it, {measured}")
         drafted.reason = f"{len(ids)} tokens cached: {measured}"
         return drafted
@@ -114,13 +114,13 @@ class Prefix:
     def cache(self) -> FixedCache | None:
         """What a pass is given, None where it must see the whole prompt: weights that ask for gradients, or training.
 
-        Computed anew after any change to the weights.
+        Computed anew after any change to the weights or their precision.
         """
         if self.vlm is None or self.vlm.model.training or any(w.requires_grad for w in self._weights):
             return None
         device = self.vlm.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        state = (sum(w._version for w in self._weights), autocast)
+        state = (sum(w._version for w in self._weights), compute_dtype(self.vlm.model), autocast)
         if self._held is None or state != self._state:
             self._held, self._state = self._compute(self.vlm), state
         return self._held
