@@ -267,11 +267,19 @@ def test_plan_says_what_fits_and_what_it_costs(suite: list[str], capsys: pytest.
         assert cell["worker_s"] == pytest.approx(cell["units"] * cell["seconds_a_unit"]["value"])
     assert not Path(suite[-1]).exists(), "a probe leaves nothing behind"
 
-    whole = found["seconds"]["value"]
-    assert cli.invoke(["plan", *suite, "--probe", "4", "--budget", f"{whole / 2:.3f}s"]) == 0
+
+def test_half_of_the_time_is_enough_for_fewer_questions(suite: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """By the records of a run: two probes may measure twice as much one time as the other."""
+    out = Path(suite[-1])
+    assert cli.invoke(["run", *suite, "--quiet"]) == 0
+    capsys.readouterr()
+    new = [*suite[:-1], f"{out}2", "--probe", "0", "--earlier", str(out)]
+    whole = estimate(capsys, new)["seconds"]["value"]
+    assert cli.invoke(["plan", *new, "--budget", f"{whole / 2:.3f}s"]) == 0
     said = capsys.readouterr()
     assert "of 3 cells fit" in said.out and "every cell fits with --limit" in said.out and "cost" not in said.out
-    assert "probe: 4 questions of each of 3 cells" in said.err
+    assert cli.invoke(["plan", *new[:-4], "--probe", "4"]) == 0
+    assert "probe: 4 questions of each of 3 cells" in capsys.readouterr().err
 
 
 def test_plan_learns_from_the_run_itself_and_from_others(suite: list[str], capsys: pytest.CaptureFixture[str]) -> None:
