@@ -21,8 +21,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tests neither read nor write the user's cache."""
+    """Tests, and the processes that they start, neither read nor write the user's cache, nor ask a model hub."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFEMED_CACHE", str(folder))
+        patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
