@@ -19,9 +19,12 @@ from safemed_bench.core.errors import DataError
 from safemed_bench.core.journal import to_line
 from safemed_bench.core.types import Record
 from safemed_bench.results import load_records, load_run, summarise
+from safemed_bench.results.formats import texts
 from safemed_bench.results.frames import Condition, with_worst_cases
 from safemed_bench.results.intervals import design_effect, paired_difference, proportion
 from safemed_bench.results.summary import threat_order
+from safemed_bench.results.tables import build
+from safemed_bench.results.terminal import blocks
 
 Outcome = bool | None
 MODALITY = {f"q{i}": "CT" if i < 4 else "MRI" for i in range(6)}
@@ -349,6 +352,14 @@ def test_the_two_clinical_errors_are_told_apart(tmp_path: Path) -> None:
     assert rates("pgd[answer]@linf:4/255") == [(round(1 / 3, 6), 3), (0.0, 1)]
     assert rates("worst@linf:4/255") == [(round(2 / 3, 6), 3), (1.0, 1)]
     assert not has(summary, "clean", "false_alarm_rate")
+    table = next(table for table in build(summary) if table.name == "clinical")
+    worst, pgd = (
+        [e.n for e in row.cells if e] for row in sorted(table.rows, key=lambda row: row.keys[1], reverse=True)
+    )
+    assert worst == pgd == [3, 3, 1]
+    assert ["66.7 [20.8, 93.9]", "100.0 [20.7, 100.0] (n=1)"] in [words[1:] for words in texts(table)]
+    shown = next(block for block in blocks(summary) if "Clinical direction" in block.title)
+    assert "cot PGD 4/255" in shown.header
 
 
 def test_without_directions_there_are_no_such_rates(mini: dict[str, Any]) -> None:

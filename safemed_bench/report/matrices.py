@@ -17,6 +17,7 @@ from ..results.tables import (
     Numbers,
     Row,
     Table,
+    clinical,
     condition_label,
     corruptions,
     modalities,
@@ -96,6 +97,12 @@ def grid_of(table: Table) -> Grid:
     """A paper table as one of the page."""
     rows = tuple((row.keys, _cells(row, table.columns)) for row in table.rows)
     return Grid(table.keys, tuple(c.label for c in table.columns), rows, table.title)
+
+
+def clinical_grid(numbers: Numbers) -> Grid | None:
+    """Every model and attack by the direction of its errors, None where no question has one."""
+    table = clinical(numbers)
+    return grid_of(table) if table.rows else None
 
 
 def transfer_grid(numbers: Numbers) -> Grid | None:

@@ -19,7 +19,7 @@ from .figures import save
 from .gallery import NO_PICTURES, examples
 from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, verdict
 from .jinja import TEMPLATES, template
-from .matrices import corruption_grid, modality_grid, objective_grid, overlap_grids, transfer_grid
+from .matrices import clinical_grid, corruption_grid, modality_grid, objective_grid, overlap_grids, transfer_grid
 from .packing import pack
 from .page import shown
 from .source import Source, attacks_at, read_source
@@ -61,6 +61,7 @@ def run_page(source: Source) -> str:
         severities=[_panel(figure) for figure in severity_figures(numbers)],
         objectives=objective_grid(source),
         overlaps=overlap_grids(source),
+        clinical=clinical_grid(numbers),
         transfers=transfer_grid(numbers),
         diagnostics=diagnostics(summary),
         gallery=examples(source),

@@ -118,7 +118,7 @@ class Numbers:
 def build(summary: Mapping[str, Any]) -> list[Table]:
     """All tables that the run has numbers for."""
     numbers = Numbers(summary)
-    made = (overall, modalities, certified, corruptions, objectives, transfer, validity)
+    made = (overall, modalities, certified, corruptions, objectives, clinical, transfer, validity)
     return [table for table in (make(numbers) for make in made) if table.rows]
 
 
@@ -147,7 +147,7 @@ def overall(numbers: Numbers) -> Table:
     pairs = [(model, ALL) for model in numbers.models]
     judged = ("clean", numbers.robust) if numbers.robust else ("clean",)
     columns, rows = _measured(numbers, numbers.aggregates, judged, pairs)
-    return _table(numbers, "overall", "Accuracy, %", ("model",), columns, [Row(k[:1], c) for k, c in rows])
+    return _table(numbers, "overall", "Accuracy, %", ("model",), columns, [Row(r.keys[:1], r.cells) for r in rows])
 
 
 def modalities(numbers: Numbers) -> Table:
@@ -160,7 +160,7 @@ def modalities(numbers: Numbers) -> Table:
         "Accuracy per imaging modality, %",
         ("model", "modality"),
         columns,
-        [Row(*r) for r in rows],
+        rows,
     )
 
 
@@ -169,7 +169,7 @@ Cells = tuple[Estimate | None, ...]
 
 def _measured(
     numbers: Numbers, varied: Sequence[Condition], judged: Sequence[str], pairs: Sequence[tuple[str, str]]
-) -> tuple[tuple[Column, ...], list[tuple[tuple[str, str], Cells]]]:
+) -> tuple[tuple[Column, ...], list[Row]]:
     """The columns every accuracy table has, and a row of cells per (model, modality); all-empty columns left out.
 
     varied: conditions whose accuracy is shown. judged: conditions whose unreadable answers are; in a worst case these
@@ -196,10 +196,13 @@ def _measured(
             *(numbers.get(model, name, f"{status}_rate", modality) for name, status in unread),
         )
 
-    rows = [cells(*pair) for pair in pairs]
-    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
-    trimmed = [(pair, tuple(row[i] for i in kept)) for pair, row in zip(pairs, rows, strict=True)]
-    return tuple(columns[i] for i in kept), trimmed
+    return _used(columns, [Row(pair, cells(*pair)) for pair in pairs])
+
+
+def _used(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[tuple[Column, ...], list[Row]]:
+    """The same without the columns that no row has a number for."""
+    kept = [i for i in range(len(columns)) if any(row.cells[i] is not None for row in rows)]
+    return tuple(columns[i] for i in kept), [Row(row.keys, tuple(row.cells[i] for i in kept)) for row in rows]
 
 
 def objectives(numbers: Numbers) -> Table:
@@ -216,9 +219,25 @@ def objectives(numbers: Numbers) -> Table:
                 weakest = max(known, key=lambda e: e.value)
                 worst = numbers.get(model, f"{kind}@{numbers.headline}")
                 rows.append(Row((model, kind), (*cells, weakest, worst)))
-    columns = [*map(Column, names), Column("weakest alone"), Column("worst of all")]
+    columns, rows = _used([*map(Column, names), Column("weakest alone"), Column("worst of all")], rows)
     title = f"Accuracy under attack at {numbers.headline} by the attack's objective, %"
     return _table(numbers, "objectives", title, ("model", "attack"), columns, rows)
+
+
+def clinical(numbers: Numbers) -> Table:
+    """Per model and attack at the headline threat: diseases that were answered normal, and the other way round.
+
+    Of the clean-correct questions that have such options; `n` is the number of diseases.
+    """
+    rows = []
+    for model in numbers.models:
+        for condition in numbers.aggregates:
+            rates = [numbers.get(model, condition.name, f"false_{kind}_rate") for kind in ("reassurance", "alarm")]
+            if condition.threat == numbers.headline and condition.is_attack and any(rates):
+                rows.append(Row((model, condition_label(condition.name)), (rates[0], *rates)))
+    columns = (Column("n", "count"), Column("false reassurance"), Column("false alarm"))
+    title = f"Clinical direction of the errors under attack at {numbers.headline}, %"
+    return _table(numbers, "clinical", title, ("model", "attack"), columns, rows)
 
 
 def transfer(numbers: Numbers) -> Table:

@@ -14,7 +14,20 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from .formats import texts
-from .tables import ALL, MCA, Numbers, Row, Table, certified, condition_label, modalities, objectives, overall, transfer
+from .tables import (
+    ALL,
+    MCA,
+    Numbers,
+    Row,
+    Table,
+    certified,
+    clinical,
+    condition_label,
+    modalities,
+    objectives,
+    overall,
+    transfer,
+)
 
 WIDTH = 100
 GAP = 2
@@ -54,7 +67,7 @@ def blocks(summary: Mapping[str, Any]) -> Iterator[Block]:
     numbers = Numbers(summary)
     yield from _side_by_side(overall(numbers))
     yield from _per_model(modalities(numbers), numbers)
-    for table in (_whole(certified(numbers)), objectives(numbers), transfer(numbers)):
+    for table in (_whole(certified(numbers)), objectives(numbers), _aimed(numbers), transfer(numbers)):
         if table.rows:
             yield from _side_by_side(table)
 
@@ -63,6 +76,14 @@ def _whole(table: Table) -> Table:
     """Only the rows over all modalities; the files have the others."""
     rows = tuple(Row(row.keys[:1], row.cells) for row in table.rows if row.keys[1] == ALL)
     return replace(table, keys=table.keys[:1], rows=rows)
+
+
+def _aimed(numbers: Numbers) -> Table:
+    """The clinical errors of attacks that were aimed at them; the files have every attack's."""
+    kinds = {c.kind for c in numbers.conditions if c.objective == "directed"}
+    aimed = {condition_label(c.name) for c in numbers.aggregates if c.kind in kinds}
+    table = clinical(numbers)
+    return replace(table, rows=tuple(row for row in table.rows if row.keys[1] in aimed))
 
 
 def _side_by_side(table: Table) -> Iterator[Block]:
