@@ -25,7 +25,7 @@ from safemed_bench.core.journal import JOURNAL, Journal, scan, to_line
 from safemed_bench.core.types import Question, Record
 from safemed_bench.datasets.base import Dataset
 from safemed_bench.run import Work
-from safemed_bench.run.messages import Done, Job
+from safemed_bench.run.messages import Done, Job, Order
 from safemed_bench.run.plans import jobs_of
 from safemed_bench.run.progress import QuietReporter
 from safemed_bench.run.simulate import SimulatedEngine
@@ -157,8 +157,8 @@ class Coordinator(SimulatedEngine):
     def clock(self) -> float:
         return self._clock()
 
-    def send(self, job: Job) -> None:
-        pickle.dumps(job)
+    def send(self, order: Order) -> None:
+        pickle.dumps(order)
 
     def work(self, job: Job) -> bytes:
         return pickle.dumps(Done(job, records(job)))

@@ -30,6 +30,7 @@ from safemed_bench.run.batching import BatchSizer
 from safemed_bench.run.conditions import Bench
 from safemed_bench.run.messages import Job, Settings
 from safemed_bench.run.plans import jobs_of
+from safemed_bench.run.reading import Images
 from safemed_bench.suite.plan import Plan
 
 SCRIPT = Path(__file__).parent / "toy_run.py"
@@ -190,7 +191,8 @@ class Counting(ToyVLM):
 
 
 def bench(folder: Path, limit: int | None = None) -> Bench:
-    return Bench(Counting(limit), Settings(folder, SIDE, "pad", "fp32", 20), BatchSizer(20))
+    settings = Settings(folder, SIDE, "pad", "fp32", 20)
+    return Bench(Counting(limit), settings, BatchSizer(20), Images(settings))
 
 
 @pytest.fixture

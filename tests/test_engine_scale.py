@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import simulation
 
 from safemed_bench.core.types import Question
-from safemed_bench.run.messages import Job
+from safemed_bench.run.dispatch import Dispatch, Member
+from safemed_bench.run.messages import Done, Job, Ready
 from safemed_bench.run.simulate import SimulatedEngine
 from safemed_bench.run.waiting import Task, Waiting
 
@@ -70,6 +71,35 @@ def test_the_queue_gives_what_a_look_at_all_of_it_would(seed: int) -> None:
         if task.tries < 2:
             task.tries += 1
             out.append(task)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_worker_is_told_to_expect_is_what_it_gets(seed: int) -> None:
+    """Workers come free in any order, some die, and every job is done once; only at the ends of models, where one takes
+    what another was promised, does something else come."""
+    draw = random.Random(seed)
+    jobs = [job(model, condition, chunk) for model in "ab" for condition in "xyz" for chunk in range(12)]
+    dispatch, crew, done, kept = Dispatch(jobs), [Member("cpu") for _ in range(4)], list[Job](), list[bool]()
+    expected: dict[int, Job | None] = {}
+    for member in crew:
+        dispatch.heard(member, Ready({}))
+    while dispatch.waiting or any(member.task for member in crew):
+        place = draw.randrange(len(crew))
+        member = crew[place]
+        if member.task and draw.random() < 0.02:
+            dispatch.lost(member, "shot")
+            member = crew[place] = Member("cpu", ready=True)
+            expected.pop(place, None)
+        elif member.task:
+            finished = member.task.job
+            dispatch.heard(member, Done(finished, ()))
+            done.append(finished)
+        if order := dispatch.deal(member):
+            if told := expected.get(place):
+                kept.append(told == order.job.outline())
+            expected[place] = order.ahead
+    assert sorted((j.cell, j.chunk) for j in done) == sorted((j.cell, j.chunk) for j in jobs)
+    assert len(kept) > 50 and sum(kept) >= 0.9 * len(kept)
 
 
 def test_a_model_and_a_cell_that_are_given_up_leave_the_queue() -> None:

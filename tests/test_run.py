@@ -213,10 +213,11 @@ def test_a_file_that_holds_another_image_than_was_judged_gives_errors(
     from safemed_bench.run.conditions import NOT_JUDGED, Bench
     from safemed_bench.run.messages import Settings
     from safemed_bench.run.plans import jobs_of
+    from safemed_bench.run.reading import Images
 
     job = jobs_of(toy_plan(dataset, ("toy",), (PGD,)))[0]
     settings = Settings(tmp_path, SIDE, "pad", "fp32", None)
-    bench = Bench(load_model(job.model, SIDE, device="cpu"), settings, BatchSizer(None))
+    bench = Bench(load_model(job.model, SIDE, device="cpu"), settings, BatchSizer(None), Images(settings))
     honest = bench.run(job)
     assert not any(r.error for r in honest) and any(r.linf for r in honest)
     save = artefacts.save

@@ -22,6 +22,7 @@ from safemed_bench.run.batching import BatchSizer
 from safemed_bench.run.conditions import Bench
 from safemed_bench.run.messages import Settings
 from safemed_bench.run.plans import jobs_of
+from safemed_bench.run.reading import Images
 
 LINF, L2 = ThreatModel("linf", 4 / 255), ThreatModel("l2", 0.5)
 SIGMA, COPIES = 0.3, 5
@@ -247,7 +248,8 @@ def judged(model: Leaky, tmp_path: Path):
     dataset = toy_dataset(tmp_path / "images", 4)
     attack = {"attack": "eot", "steps": 2, "params": {"draws": 2, "sigma": 0.1}}
     (job,) = jobs_of(toy_plan(dataset, ("toy",), (attack,)))
-    bench = Bench(model, Settings(tmp_path, SIDE, "pad", "fp32", None), BatchSizer(None))
+    settings = Settings(tmp_path, SIDE, "pad", "fp32", None)
+    bench = Bench(model, settings, BatchSizer(None), Images(settings))
     return bench.run(job)
 
 

@@ -21,11 +21,10 @@ from ..attacks.threat import check, norms, quantize, random_start
 from ..core.seeds import derive_seed
 from ..core.types import JUDGE_DRAWS, Answer, FitSet, Question, Record, ThreatModel, Unit
 from ..models.base import Batch, VisionLanguageModel
-from ..models.parallel import host_threads
 from . import artefacts, certificates, corrupted, fitting, probes
 from .batching import BatchSizer
 from .messages import Job, Settings
-from .reading import read_canvases
+from .reading import Images, read_canvases
 
 BLANK_LEVEL = 128
 """`blank` shows a constant mid-grey image: no data set's black border, no dermoscopy white, just no picture."""
@@ -44,14 +43,13 @@ class Bench:
     model: VisionLanguageModel
     settings: Settings
     sizer: BatchSizer
+    images: Images
     _clean: dict[tuple[str, ...], list[Answer]] = field(default_factory=dict)
 
     def run(self, job: Job) -> tuple[Record, ...]:
         """A record for every unit of `job`, in order. A question whose image cannot be read gives an error record."""
         began = time.perf_counter()
-        side = job.model.resolution or self.settings.resolution
-        threads = host_threads(self.model.device)
-        shown, problems = read_canvases(job.donors or job.questions, side, self.settings.fit, threads)
+        shown, problems = self.images.read(job)
         if job.donors:
             problems |= {i: q.image_error for i, q in enumerate(job.questions) if q.image_error}
         good = [i for i in range(len(job.units)) if i not in problems]

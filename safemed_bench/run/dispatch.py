@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready
+from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Order, Ready
 from .waiting import Task, Waiting
 
 Event = Done | Note | Ready | ModelFailed | Fatal | None
@@ -22,11 +22,13 @@ FAULTS_IN_A_ROW = 5
 
 @dataclass(slots=True)
 class Member:
-    """A worker as its engine sees it. `seen`: numbers of the sets of questions whose clean answers it has at hand."""
+    """A worker as its engine sees it. `seen`: numbers of the sets of questions whose clean answers it has at hand.
+    `promised`: what it was told to expect next."""
 
     device: str
     ready: bool = False
     task: Task | None = None
+    promised: Task | None = None
     model: str = ""
     seen: set[int] = field(default_factory=set)
 
@@ -60,17 +62,18 @@ class Dispatch:
         self.waiting.add(jobs)
         self._brake = Brake()
 
-    def deal(self, member: Member) -> Job | None:
+    def deal(self, member: Member) -> Order | None:
         """The next job for a worker; None where it is busy, not up, or nothing waits."""
         if not member.ready or member.task or not self.waiting:
             return None
-        task = self.waiting.take(member.model, member.seen)
+        task = self.waiting.take(member.model, member.seen, member.promised)
         task.tries += 1
         if member.model != task.job.model.name:
             member.model, member.seen = task.job.model.name, set()
         member.task = task
         member.seen.add(task.asked)
-        return task.job
+        member.promised = self.waiting.promise(member.model, member.seen)
+        return Order(task.job, member.promised.job.outline() if member.promised else None)
 
     def heard(self, member: Member, message: Done | Failed | ModelFailed | Fatal | Ready | Note) -> list[Event]:
         """What a worker's message means for the run."""
@@ -93,6 +96,8 @@ class Dispatch:
     def lost(self, member: Member, cause: str) -> list[Event]:
         """A worker is gone and a new member takes its place: its job goes back to the queue."""
         task, text = member.task, f"a worker died ({cause}) and was replaced"
+        if member.promised:
+            member.promised.promised = False
         if not task:
             return [Note(text)]
         where = f"{task.job.cell}, {len(task.job.units)} questions"

@@ -78,10 +78,10 @@ class LocalEngine:
         return [pipes[pipe] for pipe in wait(list(pipes), TICK) if isinstance(pipe, Connection)]
 
     def _deal(self, member: Crew, dispatch: Dispatch) -> None:
-        if (job := dispatch.deal(member)) is None:
+        if (order := dispatch.deal(member)) is None:
             return
         try:
-            member.pipe.send(job)
+            member.pipe.send(order)
         except OSError:
             return  # it just died; `_listen` will meet the end of its pipe
 

@@ -67,6 +67,10 @@ class Job:
             source=self.source.part(start, stop) if self.source else None,
         )
 
+    def outline(self) -> Job:
+        """What is enough to know which images it shows."""
+        return replace(self, units=(), source=None, fit=())
+
     def record(self, index: int, **values: Any) -> Record:
         """The record of one unit: who and what it is, then `values`."""
         unit, question = self.units[index], self.questions[index]
@@ -83,6 +87,14 @@ class Job:
             target=question.answer,
             **values,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is to do, and `ahead` the outline of what it will probably do next, whose images it may read."""
+
+    job: Job
+    ahead: Job | None = None
 
 
 @dataclass(frozen=True, slots=True)

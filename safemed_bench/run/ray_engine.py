@@ -24,7 +24,7 @@ from ..core.errors import UsageError
 from ..core.journal import LOCK
 from . import worker
 from .dispatch import Dispatch, Event, Member
-from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready, Settings
+from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Order, Ready, Settings
 
 TICK = 0.25
 PATIENCE = 60.0
@@ -58,8 +58,8 @@ class RemoteWorker:
         self._worker = worker.Worker(self._notes.append, self._settings, self._device)
         return [], Ready(up.hardware | {"node": node})
 
-    def answer(self, job: Job) -> Said:
-        found = self._worker.answer(job)
+    def answer(self, order: Order) -> Said:
+        found = self._worker.answer(order)
         said, self._notes[:] = list(self._notes), []
         return said, found
 
@@ -133,8 +133,8 @@ class RayEngine:
         self._pending[hand.actor.start.remote()] = hand
 
     def _deal(self, hand: Hand, dispatch: Dispatch) -> None:
-        if (job := dispatch.deal(hand)) is not None:
-            self._pending[hand.actor.answer.remote(job)] = hand
+        if (order := dispatch.deal(hand)) is not None:
+            self._pending[hand.actor.answer.remote(order)] = hand
 
     def _answered(self) -> list[Any]:
         """What has come; all of it, so that no actor waits for another's turn."""

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .dispatch import Dispatch, Event, Member
-from .messages import Done, Job, Ready
+from .messages import Done, Job, Order, Ready
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class SimulatedEngine:
         """Seconds that the coordinator has worked; by default it takes no time."""
         return 0.0
 
-    def send(self, job: Job) -> None:
+    def send(self, order: Order) -> None:
         """The coordinator hands a job over."""
 
     def work(self, job: Job) -> Any:
@@ -96,9 +96,9 @@ class SimulatedEngine:
 
     def _deal(self, hand: Hand, dispatch: Dispatch, now: float) -> None:
         held = hand.model
-        if (job := dispatch.deal(hand)) is None:
+        if (order := dispatch.deal(hand)) is None:
             return
-        self.send(job)
-        seconds = self._seconds(job)
+        self.send(order)
+        seconds = self._seconds(order.job)
         hand.busy += seconds
         heapq.heappush(self._due, (now + seconds + (self._load if hand.model != held else 0.0), hand.number))

@@ -16,12 +16,13 @@ from .messages import Job
 @dataclass(slots=True, eq=False)
 class Task:
     """A job and how often it was tried. `whole`: as the plan has it, not a part of a job that failed. `asked`: a number
-    that jobs on the same questions share."""
+    that jobs on the same questions share. `promised`: a worker reads its images already."""
 
     job: Job
     asked: int
     tries: int = 0
     whole: bool = True
+    promised: bool = False
 
 
 Cells = dict[str, deque[Task]]
@@ -56,6 +57,8 @@ class Waiting:
     def put_back(self, tasks: Iterable[Task]) -> None:
         """Before all else of their cell, in this order; all of one cell."""
         back = list(tasks)
+        for task in back:
+            task.promised = False
         cells, cell = self._cells(back[0].job), back[0].job.cell
         if cell not in cells:
             cells[cell] = deque()
@@ -65,23 +68,47 @@ class Waiting:
         cells[cell].extendleft(reversed(back))
         self._count += len(back)
 
-    def take(self, model: str, seen: Set[int]) -> Task:
-        """The task that saves a worker most: of the model it holds, of the earliest cell, on questions it has seen.
+    def take(self, model: str, seen: Set[int], promised: Task | None = None) -> Task:
+        """The task that saves a worker most: what it was promised, or else of the model it holds, of the earliest cell,
+        on questions it has seen and that nobody else was promised.
 
         The clean answers of these are at hand. Raises IndexError where nothing waits.
         """
         if not self._count:
             raise IndexError("nothing waits")
-        cells = self._own or self._shown
-        cell = next((name for name, tasks in cells.items() if tasks[0].job.model.name == model), next(iter(cells)))
-        tasks = cells[cell]
-        place = next((i for i, task in enumerate(tasks) if task.asked in seen), 0)
-        task = tasks[place]
-        del tasks[place]
-        if not tasks:
+        task = promised if promised is not None and self._holds(promised) else self._best(model, seen)
+        if task is None:  # all that waits was promised to others
+            task = next(self._queues_for(model))[0]
+        cells, cell = self._cells(task.job), task.job.cell
+        cells[cell].remove(task)
+        if not cells[cell]:
             del cells[cell]
         self._count -= 1
         return task
+
+    def promise(self, model: str, seen: Set[int]) -> Task | None:
+        """What a worker will be given next, unless all else is gone sooner; None where there is nothing to promise."""
+        task = self._best(model, seen)
+        if task is not None:
+            task.promised = True
+        return task
+
+    def _best(self, model: str, seen: Set[int]) -> Task | None:
+        """The unpromised task that saves most, None where all that waits is promised."""
+        for tasks in self._queues_for(model):
+            first = next((task for task in tasks if not task.promised), None)
+            if first:
+                return next((task for task in tasks if task.asked in seen and not task.promised), first)
+        return None
+
+    def _queues_for(self, model: str) -> Iterator[deque[Task]]:
+        """Those of the model first, then all, each in the order of the plan."""
+        cells = self._own or self._shown
+        yield from (tasks for tasks in cells.values() if tasks[0].job.model.name == model)
+        yield from cells.values()
+
+    def _holds(self, task: Task) -> bool:
+        return task in self._cells(task.job).get(task.job.cell, ())
 
     def remove_model(self, name: str) -> None:
         """All tasks of a model that cannot be loaded."""

@@ -22,7 +22,8 @@ from ..core.journal import disk_full
 from ..core.registry import load_plugin_file
 from .artefacts import made_by, slug
 from .batching import BatchSizer, is_out_of_memory
-from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Ready, Settings
+from .messages import Done, Failed, Fatal, Job, ModelFailed, Note, Order, Ready, Settings
+from .reading import Images
 
 LOG = "workers.log"
 
@@ -45,6 +46,8 @@ def main(pipe: Connection, settings: Settings, device: str) -> None:
             pipe.send(worker.answer(pipe.recv()))
     except (EOFError, BrokenPipeError):
         return
+    finally:
+        worker.images.close()
 
 
 def start(settings: Settings, device: str) -> Ready | Fatal:
@@ -107,10 +110,13 @@ class Worker:
 
     def __init__(self, tell: Callable[[Note], None], settings: Settings, device: str) -> None:
         self.tell, self.settings, self.device = tell, settings, device
+        self.images = Images(settings, _readers(device))
         self._held: tuple[Any, Any] | None = None
 
-    def answer(self, job: Job) -> Done | Failed | ModelFailed | Fatal:
-        """The outcome of one job. Only a dying process raises."""
+    def answer(self, order: Order) -> Done | Failed | ModelFailed | Fatal:
+        """The outcome of one job; the images of the job ahead are read meanwhile. Only a dying process raises."""
+        job = order.job
+        self.images.expect(order.ahead)
         try:
             self._make_images(job)
         except Exception as error:
@@ -162,7 +168,7 @@ class Worker:
         if job.model.api is not None:
             served: Any = getattr(model, "base", model)
             served.keep_calls(self.settings.folder, slug(job.model.name))
-        self._held = (job.model, Bench(model, self.settings, sizer))
+        self._held = (job.model, Bench(model, self.settings, sizer, self.images))
         return self._held[1]
 
     def _forget(self) -> None:
@@ -171,6 +177,15 @@ class Worker:
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _readers(device: str) -> int:
+    """Threads that read images."""
+    import torch
+
+    from ..models.parallel import host_threads
+
+    return host_threads(torch.device(device))
 
 
 def _fatal(error: Exception) -> Fatal | None:
