@@ -14,7 +14,7 @@ from safemed_bench.models import load_model
 from safemed_bench.models.generation import generate
 from safemed_bench.training import logprobs
 from safemed_bench.training.logprobs import token_logprobs
-from safemed_bench.training.policy import Policy, evaluating, pad_right
+from safemed_bench.training.policy import Policy, check_cache, evaluating, pad_right
 from safemed_bench.training.rollout import _choose, _placeholders, draws, sample
 
 TEXTS = (
@@ -230,6 +230,23 @@ def test_a_cache_that_gives_other_numbers_is_not_used(policy, monkeypatch, broke
         a = fallen_back(prompts, values, *completions, GROUP).logps
         b = score(policy, prompts, values, *completions, GROUP, cached=False).logps
     assert torch.equal(a, b)
+
+
+def worn(cache, repeats):
+    """Changes log-probabilities by less than bfloat16 rounds."""
+    for layer in cache.layers:
+        layer.keys, layer.values = (1.002 * t.repeat_interleave(repeats, 0) for t in (layer.keys, layer.values))
+
+
+def test_a_small_fault_of_the_cache_is_seen_in_half_precision(family, folder, monkeypatch):
+    """The weights come out of the check as they were."""
+    half = load(family, folder, "bf16")
+    weights = [(p, p.dtype, p.data_ptr(), p.clone()) for p in half.model.parameters()]
+    assert check_cache(half)[0]
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", worn)
+    fits, why = check_cache(half)
+    assert not fits and "differ by" in why
+    assert all((p.dtype, p.data_ptr()) == (kind, at) and torch.equal(p, old) for p, kind, at, old in weights)
 
 
 def test_a_data_parallel_wrapper_sees_one_forward(policy, prompts, values, completions):

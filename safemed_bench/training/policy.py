@@ -19,17 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.huggingface import INPUTS, HuggingFaceVLM
-from ..models.selfcheck import LOW_PRECISION, probe_batch
+from ..models.precision import in_float32
+from ..models.prefix import CACHE_ERRORS, GRADIENT_TOLERANCE, SCORE_TOLERANCE
+from ..models.selfcheck import probe_batch
 from .logprobs import token_logprobs
-
-VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-"""float32: nats per token, and relative to the norm of the gradient with respect to the image."""
 
 PROBE_REPLIES = ("a", "so the picture shows a lesion", "it is", "no", "this is a chest radiograph of", "the")
 """Replies of different lengths for the three probe prompts, two each."""
-
-CACHE_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What a family raises whose cache does not go on from a prompt, or cannot be repeated."""
 
 
 class Scores(NamedTuple):
@@ -222,15 +218,17 @@ def exchanged(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None
 
 
 def check_cache(vlm: HuggingFaceVLM) -> tuple[bool, str]:
-    """Whether the cached path gives the plain path's values and image gradient on three probe prompts; and why."""
+    """Whether the cached path gives the plain path's values and image gradient on three probe prompts; and why.
+
+    Tried in float32, since rounding in half precision is as large as what a cache off by one position changes.
+    """
     try:
-        error, slope = _cache_errors(vlm)
+        with in_float32(vlm):
+            error, slope = _cache_errors(vlm)
     except CACHE_ERRORS as problem:
         text = " ".join(str(problem).split())[:200]
         return False, f"plain path: its cache cannot be extended ({type(problem).__name__}: {text})"
-    exact = next(vlm.model.parameters()).dtype in (torch.float32, torch.float64)
-    fits = error <= (VALUE_TOLERANCE if exact else LOW_PRECISION)
-    fits = fits and slope <= (GRADIENT_TOLERANCE if exact else 2 * LOW_PRECISION)
+    fits = error <= SCORE_TOLERANCE and slope <= GRADIENT_TOLERANCE
     measured = f"log-probabilities differ by {error:.1e}, the image gradient by {slope:.1e}"
     return fits, f"prefix encoded once per group: {measured}" if fits else f"plain path: with a cache, {measured}"
 
