@@ -166,10 +166,12 @@ class Bench:
 
     # -- speed -----------------------------------------------------------------------------------------------------
 
-    def speed(self) -> tuple[list[Case], dict[str, float]]:
-        """A case for each attack, peer and module; and the work of one step of each, in forward passes."""
+    def speed(self) -> tuple[list[Case], dict[str, float], float]:
+        """A case for each attack, peer and module; the work of one step of each, in forward passes; and which share of
+        all steps we take."""
         cases, size = [], self.size
-        work = {"safemed-bench PGD": self.own_work()}
+        each, share = self.own_work()
+        work = {"safemed-bench PGD": each}
         settings = {
             "pgd": (f"PGD-{size.steps} x {size.restarts}", size.steps, size.restarts, PACKAGES),
             "apgd": (f"APGD-{size.apgd_steps}", size.apgd_steps, 1, ("art", "torchattacks")),
@@ -190,7 +192,7 @@ class Bench:
             ]
         for peer in PACKAGES:
             work[f"{peer} PGD"] = self.peer_work(PEERS[peer, "pgd"])
-        return cases, work
+        return cases, work, share
 
     def judged(self, make: Any, module: Module, steps: int, restarts: int) -> Tensor:
         """Stands if it does on each image that the peer gives."""
@@ -203,8 +205,9 @@ class Bench:
         with torch.no_grad():
             return flops(lambda: self.modules[OUR_MODULE](self.pixels))
 
-    def own_work(self) -> float:
-        """All passes of ours over all steps of ours: what was dropped from the batch is in neither."""
+    def own_work(self) -> tuple[float, float]:
+        """All passes of ours over all steps of ours: what was dropped from the batch is in neither. And our steps as a
+        share of those that carry every question through every restart."""
 
         def step() -> None:
             pixels = self.pixels.clone().requires_grad_()
@@ -212,9 +215,10 @@ class Bench:
 
         with frozen(self.vlm):
             both = flops(step) / self.one_forward()
-        result = self.strike("pgd", "answer", steps=self.size.steps)
+        result = self.strike("pgd", "answer", steps=self.size.steps, restarts=self.size.restarts)
         forwards, steps = int(result.forwards.sum()), int(result.backwards.sum())
-        return (forwards + (both - 1) * steps) / steps
+        share = steps / (len(self.batch) * self.size.steps * self.size.restarts)
+        return (forwards + (both - 1) * steps) / steps, share
 
     def peer_work(self, make: Any) -> float:
         """Parameters ask for gradients, as they do in a module that nobody froze."""
@@ -413,24 +417,26 @@ def main() -> None:
         tuple(given.module or MODULES),
     )
     clock = time.process_time if given.cpu_time else time.perf_counter
-    cases, works, strengths = [], {}, []
+    cases, works, shares, strengths = [], {}, {}, []
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for entry in given.entry or (["sft"] if quick else ["sft", "safemed-r1"]):
             bench = Bench(entry, size, clock)
             if given.only != "strength":
-                found, works[entry] = bench.speed()
+                found, works[entry], shares[entry] = bench.speed()
                 cases += [case.row() for case in found]
             if given.only != "speed" and not quick:
                 strengths += bench.strength()
     print(f"eps 4/255, one thread, median of {size.rounds}", file=sys.stderr if given.json else sys.stdout)
     tables = [table(rows, [*rows[0]]) for rows in (cases, strengths) if rows]
     tables += [
-        f"{entry}: forward passes a step: { {k: round(v, 2) for k, v in w.items()} }" for entry, w in works.items()
+        f"{entry}: forward passes a step: { {k: round(v, 2) for k, v in w.items()} }\n"
+        f"{entry}: PGD steps that are taken, of all questions' in all restarts: {shares[entry]:.1%}"
+        for entry, w in works.items()
     ]
     print("\n\n".join(tables), file=sys.stderr if given.json else sys.stdout)
     if given.json:
-        print(json.dumps({"cases": cases, "strength": strengths, "forwards_per_step": works}))
+        print(json.dumps({"cases": cases, "strength": strengths, "forwards_per_step": works, "steps_taken": shares}))
 
 
 if __name__ == "__main__":
