@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from toy_run import PGD, SIDE, records, toy_dataset, toy_execute, toy_plan
+from toy_run import PGD, PLUGIN, SIDE, records, toy_dataset, toy_execute, toy_plan
 
 from safemed_bench.core.errors import DataError, UsageError
 from safemed_bench.core.types import ThreatModel
@@ -163,6 +163,21 @@ def test_an_image_that_cannot_be_read_is_an_error_record(dataset: Dataset, tmp_p
             assert ("images/1.png" if record["question_id"] == "q1" else str(broken)) in record["error"]
 
 
+DEADLY_IMAGE = """
+import os, signal
+from safemed_bench.run import reading
+
+load = reading.load_canvas
+
+def load_canvas(path, *how):
+    if path.name == {name!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load(path, *how)
+
+reading.load_canvas = load_canvas
+"""
+
+
 @pytest.mark.parametrize("model", ["toy_deadly", "toy_raising"])
 def test_a_poisonous_question_costs_one_question(dataset: Dataset, tmp_path: Path, model: str) -> None:
     questions = (*dataset.questions[:2], replace(dataset.questions[2], id="poison"), dataset.questions[3])
@@ -203,6 +218,16 @@ def test_the_brake_wants_one_error_in_a_row() -> None:
     brake.failed("cell", "a")
     brake.worked("cell")  # a worker that was still at it
     assert "failed with: a" in brake.fault("cell") and not brake.fault("other")
+
+
+def test_an_image_that_kills_whoever_reads_it_costs_one_question(dataset: Dataset, tmp_path: Path) -> None:
+    """Also those who read it ahead, at another job, which is not to blame."""
+    deadly = tmp_path / "deadly.py"
+    deadly.write_text(DEADLY_IMAGE.format(name=Path(dataset.questions[5].image).name))
+    toy_execute(toy_plan(dataset), tmp_path / "run", plugins=[PLUGIN, deadly])
+    found = records(tmp_path / "run")
+    assert [(r["question_id"], "worker died" in r["error"]) for r in found if r["error"]] == [("q5", True)]
+    assert len(found) == len(dataset.questions)
 
 
 def test_a_file_that_holds_another_image_than_was_judged_gives_errors(

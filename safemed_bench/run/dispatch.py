@@ -72,7 +72,8 @@ class Dispatch:
             member.model, member.seen = task.job.model.name, set()
         member.task = task
         member.seen.add(task.asked)
-        member.promised = self.waiting.promise(member.model, member.seen)
+        # a second try is alone, so that it is not blamed for another job's images
+        member.promised = self.waiting.promise(member.model, member.seen) if task.tries == 1 else None
         return Order(task.job, member.promised.job.outline() if member.promised else None)
 
     def heard(self, member: Member, message: Done | Failed | ModelFailed | Fatal | Ready | Note) -> list[Event]:
@@ -96,8 +97,8 @@ class Dispatch:
     def lost(self, member: Member, cause: str) -> list[Event]:
         """A worker is gone and a new member takes its place: its job goes back to the queue."""
         task, text = member.task, f"a worker died ({cause}) and was replaced"
-        if member.promised:
-            member.promised.promised = False
+        if member.promised:  # reading its images may be what killed the worker
+            member.promised.promised, member.promised.doubtful = False, True
         if not task:
             return [Note(text)]
         where = f"{task.job.cell}, {len(task.job.units)} questions"

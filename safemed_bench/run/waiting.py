@@ -16,13 +16,15 @@ from .messages import Job
 @dataclass(slots=True, eq=False)
 class Task:
     """A job and how often it was tried. `whole`: as the plan has it, not a part of a job that failed. `asked`: a number
-    that jobs on the same questions share. `promised`: a worker reads its images already."""
+    that jobs on the same questions share. `promised`: a worker reads its images already. `doubtful`: one that read them
+    died."""
 
     job: Job
     asked: int
     tries: int = 0
     whole: bool = True
     promised: bool = False
+    doubtful: bool = False
 
 
 Cells = dict[str, deque[Task]]
@@ -87,10 +89,14 @@ class Waiting:
         return task
 
     def promise(self, model: str, seen: Set[int]) -> Task | None:
-        """What a worker will be given next, unless all else is gone sooner; None where there is nothing to promise."""
+        """What a worker will be given next, unless all else is gone sooner; None where there is nothing to promise.
+
+        Nothing that may have killed a worker: its images must be read by the job that shows them, and nobody else's.
+        """
         task = self._best(model, seen)
-        if task is not None:
-            task.promised = True
+        if task is None or task.doubtful or task.tries:
+            return None
+        task.promised = True
         return task
 
     def _best(self, model: str, seen: Set[int]) -> Task | None:
