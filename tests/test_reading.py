@@ -91,6 +91,32 @@ def test_the_next_images_are_read_while_nobody_waits_for_them(
     assert len(opened) == 5
 
 
+def test_nobody_waits_for_images_that_were_expected_in_vain(
+    questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: list[str]
+) -> None:
+    """The one that is being read is; the others are given up, and read after all where they are shown later."""
+    counted, begun, go_on = reading.load_canvas, threading.Event(), threading.Event()
+
+    def slow(path: Path, *how: object) -> object:
+        if path.stem == "4":
+            begun.set()
+            go_on.wait(30)
+        return counted(path, *how)
+
+    monkeypatch.setattr(reading, "load_canvas", slow)
+    reader = images(tmp_path)
+    reader.expect(job(questions[4:7]))
+    reader.read(job(questions[:1]))
+    assert begun.wait(30)
+    reader.expect(job(questions[5:6]))
+    threading.Timer(0.2, go_on.set).start()
+    reader.read(job(questions[1:3]))
+    assert "6" not in opened
+    reader.expect(None)
+    assert len(reader.read(job(questions[4:7]))[0]) == 3
+    assert sorted(opened) == ["0", "1", "2", "4", "4", "5", "6"]
+
+
 def test_an_image_of_many_questions_and_of_the_next_job_is_read_once(
     questions: list[Question], tmp_path: Path, opened: list[str]
 ) -> None:

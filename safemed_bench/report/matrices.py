@@ -17,11 +17,9 @@ from ..results.tables import (
     Numbers,
     Row,
     Table,
-    clinical,
     condition_label,
     corruptions,
     modalities,
-    transfer,
 )
 from .source import Source, attacks_at
 
@@ -99,15 +97,8 @@ def grid_of(table: Table) -> Grid:
     return Grid(table.keys, tuple(c.label for c in table.columns), rows, table.title)
 
 
-def clinical_grid(numbers: Numbers) -> Grid | None:
-    """Every model and attack by the direction of its errors, None where no question has one."""
-    table = clinical(numbers)
-    return grid_of(table) if table.rows else None
-
-
-def transfer_grid(numbers: Numbers) -> Grid | None:
-    """The matrices of source and target, None where no entry was shown another one's images."""
-    table = transfer(numbers)
+def grid_if_any(table: Table) -> Grid | None:
+    """The same, None where the run has nothing for it."""
     return grid_of(table) if table.rows else None
 
 

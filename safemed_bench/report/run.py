@@ -12,14 +12,14 @@ from typing import Any
 from markupsafe import Markup
 
 from ..core.journal import write_atomic
-from ..results.tables import Numbers, condition_label
+from ..results.tables import Numbers, clinical, condition_label, transfer
 from .curves import RunFigure, as_panel, certified_figures, eps_figures, severity_figures
 from .evidence import audit, diagnostics, provenance, trainings
 from .figures import save
 from .gallery import NO_PICTURES, examples
 from .headline import banners, stamp_of, threat_sentence, threat_words, tiles, verdict
 from .jinja import TEMPLATES, template
-from .matrices import clinical_grid, corruption_grid, modality_grid, objective_grid, overlap_grids, transfer_grid
+from .matrices import corruption_grid, grid_if_any, modality_grid, objective_grid, overlap_grids
 from .packing import pack
 from .page import shown
 from .source import Source, attacks_at, read_source
@@ -61,8 +61,8 @@ def run_page(source: Source) -> str:
         severities=[_panel(figure) for figure in severity_figures(numbers)],
         objectives=objective_grid(source),
         overlaps=overlap_grids(source),
-        clinical=clinical_grid(numbers),
-        transfers=transfer_grid(numbers),
+        clinical=grid_if_any(clinical(numbers)),
+        transfers=grid_if_any(transfer(numbers)),
         diagnostics=diagnostics(summary),
         gallery=examples(source),
         no_pictures=NO_PICTURES if numbers.robust else "",

@@ -39,6 +39,7 @@ class Images:
 
     def read(self, job: Job) -> Read:
         """The images of its questions or, where they are shown others' images, of these."""
+        self._forget_all_but(job, self._ahead)
         own = self._begin(job)
         try:
             told = [own[key].result() for key, _ in self._shown(job)]
@@ -51,6 +52,12 @@ class Images:
     def close(self) -> None:
         """Read nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _forget_all_but(self, *jobs: Job | None) -> None:
+        """So that nobody waits for images that were expected in vain."""
+        wanted = {key for job in jobs if job for key, _ in self._shown(job)}
+        for key in self._begun.keys() - wanted:
+            self._begun.pop(key).cancel()
 
     def _begin(
         self, job: Job, at_hand: dict[_Key, Future[Canvas | str]] | None = None
