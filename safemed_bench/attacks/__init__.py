@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .external import External
     from .universal import UniversalAttack
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Goes into unit keys; raised whenever a change here can change a record."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
@@ -143,7 +143,7 @@ class Attack(ABC):
         def verdict(rows: Tensor, images: Tensor) -> list[Answer]:
             return deployed_verdict(model, chosen.select(rows), images.float() / 255)
 
-        with frozen(model):
+        with climbing(model):
             prepared = self.surrogate(objective.prepare(model, chosen, answers), model, [generators[i] for i in places])
             pursuit = Pursuit(
                 prepared,
@@ -203,6 +203,16 @@ def frozen(model: VisionLanguageModel) -> Iterator[None]:
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def climbing(model: VisionLanguageModel) -> Iterator[None]:
+    """`frozen`, and every model that has a cheaper pass for an attack's steps may take it (`climbing` of models)."""
+    with frozen(model), ExitStack() as stack:
+        for owner in _owners(model):
+            if callable(own := getattr(owner, "climbing", None)):
+                stack.enter_context(own())
+        yield
 
 
 def _owners(model: object) -> Iterator[object]:

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from ..core.errors import UsageError
 from ..core.types import Answer, ThreatModel
 from ..models.base import Batch, VisionLanguageModel
-from .base import AttackResult, Objective, Prepared, frozen
+from .base import AttackResult, Objective, Prepared, climbing
 from .climb import require_count
 from .given import judged
 from .threat import ascent, project, quantize
@@ -116,7 +116,7 @@ def fit_universal(
     for i in right:
         groups.setdefault(batch.questions[i].modality, []).append(i)
     deltas = {}
-    with frozen(model):
+    with climbing(model):
         for modality, rows in groups.items():
             part = batch.select(rows)
             prepared = objective.prepare(model, part, [clean_answers[i] for i in rows])

@@ -8,7 +8,8 @@ answer position is the last column of every row and the LM head is applied only 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 
@@ -31,9 +32,11 @@ from .pixels import PixelMap, image_processor_call
 from .prefix import Prefix
 from .processors import load_processor
 from .prompts import PROMPTS, Prompt, get_prompt
+from .qwen3_vl import Pass
 from .recompute import recompute
 from .selfcheck import probe_batch, self_check
 from .sequences import INPUTS, behind, join, pad_left
+from .shortcut import Shortcut
 from .transfer import upload
 
 
@@ -68,7 +71,8 @@ class HuggingFaceVLM:
         self.attention = use_preferred_attention(unwrapped(model), self.device, both_ways=self.chat.both_ways)
         use_packed_vision_attention(model)
         use_linear_patches(model)
-        self.prefix = Prefix.off("not asked for")
+        self.prefix, self.shortcut = Prefix.off("not asked for"), Shortcut.off("not asked for")
+        self._pass: Pass | None = None
 
     @classmethod
     def load(
@@ -81,7 +85,7 @@ class HuggingFaceVLM:
         model = load_weights(card, device, dtype)
         vlm = cls(model, load_processor(card.path), card, resolution, device=device)
         self_check(vlm, probe_batch(vlm))
-        vlm.prefix = Prefix.of(vlm)
+        vlm.prefix, vlm.shortcut = Prefix.of(vlm), Shortcut.of(vlm)
         return vlm
 
     def save_memory(self) -> bool:
@@ -90,6 +94,16 @@ class HuggingFaceVLM:
         Loss and gradient stay what they are; a step with a gradient takes about one forward pass more.
         """
         return recompute(self.model)
+
+    @contextmanager
+    def climbing(self) -> Iterator[None]:
+        """What an attack is inside: passes with an image gradient, and no others, may take the entry's shortcut."""
+        before = self._pass
+        self._pass = before or self.shortcut.begin(self)
+        try:
+            yield
+        finally:
+            self._pass = before
 
     # -- text ----------------------------------------------------------------------------------------------------
 
@@ -193,6 +207,10 @@ class HuggingFaceVLM:
 
     def _logits(self, inputs: dict[str, Tensor], pixel_values: Tensor | None, keep: int) -> Tensor:
         """(B, keep, V) logits at the last `keep` columns."""
+        if self._pass is not None and pixel_values is not None and pixel_values.requires_grad:
+            logits = self._pass(inputs, pixel_values, keep)
+            if logits is not None:
+                return logits
         cache = self.prefix.cache() if pixel_values is not None else None
         known: dict[str, Any] = {"use_cache": False}
         if cache is not None:

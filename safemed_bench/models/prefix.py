@@ -12,6 +12,7 @@ in bfloat16 is as large as what a cache that is off by one position changes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from .loading import compute_dtype
 from .precision import in_float32
-from .selfcheck import probe_batch
+from .selfcheck import difference, scores_and_slope
 from .sequences import INPUTS
 
 if TYPE_CHECKING:
@@ -122,35 +123,30 @@ class Prefix:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         state = (sum(w._version for w in self._weights), compute_dtype(self.vlm.model), autocast)
         if self._held is None or state != self._state:
-            self._held, self._state = self._compute(self.vlm), state
+            self._held, self._state = known_text(self.vlm, self.ids), state
         return self._held
 
-    @torch.no_grad()
-    def _compute(self, vlm: HuggingFaceVLM) -> FixedCache:
-        ids = torch.tensor([self.ids], device=vlm.device)
-        positions = torch.arange(len(self.ids), device=vlm.device)
-        shape = (1, 3, -1) if vlm.rotary else (1, -1)
-        row = dict(zip(INPUTS, (ids, torch.ones_like(ids), positions.expand(shape)), strict=True))
-        known = vlm.model(**vlm.arguments(row, None, 1), use_cache=True).past_key_values
-        if any(type(layer) is not DynamicLayer for layer in known.layers):
-            raise NotImplementedError("a layer that does not attend to all that went before")
-        return FixedCache(layers=[FixedLayer(layer.keys, layer.values) for layer in known.layers])
+
+@torch.no_grad()
+def known_text(vlm: HuggingFaceVLM, ids: Sequence[int]) -> FixedCache:
+    """Keys and values of a prompt's first tokens. Raises one of CACHE_ERRORS where the family's cannot be used."""
+    row_ids = torch.tensor([ids], device=vlm.device)
+    positions = torch.arange(len(ids), device=vlm.device)
+    shape = (1, 3, -1) if vlm.rotary else (1, -1)
+    row = dict(zip(INPUTS, (row_ids, torch.ones_like(row_ids), positions.expand(shape)), strict=True))
+    known = vlm.model(**vlm.arguments(row, None, 1), use_cache=True).past_key_values
+    if any(type(layer) is not DynamicLayer for layer in known.layers):
+        raise NotImplementedError("a layer that does not attend to all that went before")
+    return FixedCache(layers=[FixedLayer(layer.keys, layer.values) for layer in known.layers])
 
 
 def _errors(vlm: HuggingFaceVLM, drafted: Prefix) -> tuple[float, float]:
     """Largest difference of option scores, relative one of image gradients, from the path without a cache."""
-    batch, found = probe_batch(vlm), []
-    before = vlm.prefix
+    found, before = [], vlm.prefix
     try:
         for prefix in (drafted, Prefix.off("to compare with")):
             vlm.prefix = prefix
-            with torch.enable_grad():
-                pixels = batch.pixels.requires_grad_()
-                scores = vlm.option_logits(batch, pixels)
-                present = scores.isfinite()
-                (slope,) = torch.autograd.grad(scores[present].sum(), pixels)
-            found.append((scores.detach()[present], slope))
+            found.append(scores_and_slope(vlm))
     finally:
         vlm.prefix = before
-    (cached, steep), (plain, steep_plain) = found
-    return float((cached - plain).abs().max()), float((steep - steep_plain).norm() / steep_plain.norm())
+    return difference(*found)

@@ -125,3 +125,20 @@ def _batching_error(model: HuggingFaceVLM, batch: Batch) -> float:
         alone = model.option_logits(one, one.pixels)[0, :k]
         worst = max(worst, float((alone - together[i, :k]).abs().max()))
     return worst
+
+
+def scores_and_slope(model: HuggingFaceVLM) -> tuple[Tensor, Tensor]:
+    """Scores of the options that exist, flat, and the gradient of their sum (B, 3, H, W), on the probe batch."""
+    batch = probe_batch(model)
+    with torch.enable_grad():
+        pixels = batch.pixels.requires_grad_()
+        scores = model.option_logits(batch, pixels)
+        present = scores[scores.isfinite()]
+        (slope,) = torch.autograd.grad(present.sum(), pixels)
+    return present.detach(), slope
+
+
+def difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Of two `scores_and_slope`: largest difference of scores, relative one of gradients."""
+    (scores, slope), (plain, plain_slope) = one, other
+    return float((scores - plain).abs().max()), float((slope - plain_slope).norm() / plain_slope.norm())
