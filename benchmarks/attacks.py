@@ -1,11 +1,12 @@
 """Attacks side by side with ART, Foolbox and torchattacks: `python benchmarks/attacks.py [--quick] [--json]`.
 
 One process, the same questions, objective (the answer token's cross-entropy), eps, steps and restarts, and one judge:
-the deployed path on the 8-bit image. Each peer climbs our module, and the stock Hugging Face module as a user would
-wrap it (the whole LM head, no batched vision path, parameters that ask for gradients). Rounds take turns, so that
-whatever else the machine does falls on all. Seconds include the judge. The peers get a whole batch wherever they keep
-its order; the modules refuse any batch but their own, so that none is measured on images paired with other images'
-questions.
+the deployed path on the 8-bit image. Each peer climbs our module, whose own pass it gets, and the stock Hugging Face
+module as a user would wrap it (the whole LM head, no batched vision path, parameters that ask for gradients). Ours
+climbs through the shortcut that `climbing` opens; `--module "our module and pass"` lends it to the peers. Rounds take
+turns, so that whatever else the machine does falls on all. Seconds include the judge. The peers get a whole batch
+wherever they keep its order; the modules refuse any batch but their own, so that none is measured on images paired with
+other images' questions.
 
 `same_verdicts`: the peer leaves the same questions standing as we do (random starts differ, so few may not agree). A
 second table, strength, holds `safemed-attack` against what each peer has, at about as many gradient steps and queries a
@@ -41,7 +42,7 @@ from peers import PEERS, Module, foolbox_fgsm, foolbox_pgd
 from torch import Tensor
 
 from safemed_bench.attacks import build_objective, build_strike
-from safemed_bench.attacks.base import AttackResult, frozen
+from safemed_bench.attacks.base import AttackResult, climbing, frozen
 from safemed_bench.attacks.cascade import SafeMedAttack
 from safemed_bench.attacks.pursuit import Scored
 from safemed_bench.attacks.threat import project, quantize
@@ -56,6 +57,8 @@ from safemed_bench.suite.schema import DataSpec, ModelSpec
 SIDE = 64
 PACKAGES = ("art", "foolbox", "torchattacks")
 MODULES = OUR_MODULE, STOCK_MODULE = ("our module", "stock module")
+LENT = "our module and pass"
+"""What `climbing` opens, lent to the peers as well: what is left is what an attack itself does better."""
 Clock = Callable[[], float]
 Way = Callable[[], Tensor]
 """An attack and its judge: (n,) bool, which questions still stand."""
@@ -116,8 +119,10 @@ class Bench:
         stock = copy.copy(self.vlm)  # the same prompts and pixel map around a model that nothing was changed in
         stock.model, stock._head_on_slice = load_weights(self.vlm.card, torch.device("cpu"), "fp32"), False
         stock.model.requires_grad_(True)  # as from_pretrained gives it
+        ours = Module(self.prepared(self.vlm, self.batch, self.answers), self.batch).eval()
         self.modules = {
-            OUR_MODULE: Module(self.prepared(self.vlm, self.batch, self.answers), self.batch).eval(),
+            OUR_MODULE: ours,
+            LENT: ours,
             STOCK_MODULE: Module(self.prepared(stock, self.batch, self.answers), self.batch).eval(),
         }
 
@@ -166,7 +171,9 @@ class Bench:
             for peer in peers:
                 for shown in size.modules:
                     make, module = PEERS[peer, attack], self.modules[shown]
-                    ways[f"{peer}, {shown}"] = lambda m=module, f=make, s=steps, r=restarts: self.judged(f, m, s, r)
+                    ways[f"{peer}, {shown}"] = lambda m=module, f=make, s=steps, r=restarts, lent=shown == LENT: (
+                        self.judged(f, m, s, r, climbing if lent else frozen)
+                    )
             seconds, stand = timed(ways, size.rounds, self.clock)
             cases += [
                 Case(f"{self.vlm.name} {label}", seconds["ours"], stand["ours"], way, seconds[way], stand[way])
@@ -177,9 +184,9 @@ class Bench:
             work[f"{peer} PGD"] = self.peer_work(PEERS[peer, "pgd"])
         return cases, work, share
 
-    def judged(self, make: Any, module: Module, steps: int, restarts: int) -> Tensor:
+    def judged(self, make: Any, module: Module, steps: int, restarts: int, inside: Any = frozen) -> Tensor:
         """Stands if it does on each image that the peer gives."""
-        with frozen(self.vlm):
+        with inside(self.vlm):
             images = make(module, self.pixels, self.targets, self.size.eps, steps, restarts)
         return torch.stack([self.standing(image) for image in images]).all(dim=0)
 
@@ -189,14 +196,14 @@ class Bench:
             return flops(lambda: self.modules[OUR_MODULE](self.pixels))
 
     def own_work(self) -> tuple[float, float]:
-        """All passes of ours over all steps of ours: what was dropped from the batch is in neither. And our steps as a
-        share of those that carry every question through every restart."""
+        """All passes of ours over all steps of ours, by the work that they take: what was dropped from the batch is in
+        neither. And our steps as a share of those that carry every question through every restart."""
 
         def step() -> None:
             pixels = self.pixels.clone().requires_grad_()
             torch.autograd.grad(self.modules[OUR_MODULE](pixels).sum(), pixels)
 
-        with frozen(self.vlm):
+        with climbing(self.vlm):
             both = flops(step) / self.one_forward()
         result = self.strike("pgd", "answer", steps=self.size.steps, restarts=self.size.restarts)
         forwards, steps = int(result.forwards.sum()), int(result.backwards.sum())
@@ -304,7 +311,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="sft, 8 questions, PGD-10 x 2, one round: under a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the tables on stderr")
     parser.add_argument("--only", choices=("speed", "strength"), help="one of the two tables")
-    parser.add_argument("--module", action="append", choices=MODULES, help="that peers climb; default both")
+    parser.add_argument(
+        "--module", action="append", choices=(*MODULES, LENT), help="that peers climb; default the first two"
+    )
     parser.add_argument("--questions", type=int, help="attacked; default 32, and 8 with --quick")
     parser.add_argument("--rounds", type=int, help="default 5, and 1 with --quick")
     parser.add_argument("--cpu-time", action="store_true", help="processor seconds, for a machine that is not idle")
