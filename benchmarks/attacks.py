@@ -52,6 +52,7 @@ from safemed_bench.datasets.images import load_canvas
 from safemed_bench.models import load_model
 from safemed_bench.models.base import Batch
 from safemed_bench.models.loading import load_weights
+from safemed_bench.results.intervals import proportion
 from safemed_bench.suite.schema import DataSpec, ModelSpec
 
 SIDE = 64
@@ -243,14 +244,15 @@ class Bench:
         found[f"ART APGD-CE + APGD-margin ({half} steps each) + Square"] = standing
         found[f"torchattacks AutoAttack's parts ({half} steps each) + Square"] = self.auto_attack(rows, half)
         restarts = max(budget // size.steps, 1)
-        images = foolbox_pgd(self.modules[OUR_MODULE], self.pixels, self.targets, size.eps, size.steps, restarts)
-        images += foolbox_fgsm(self.modules[OUR_MODULE], self.pixels, self.targets, size.eps)
-        every = torch.stack([self.standing(image) for image in images]).all(dim=0)
+        made = foolbox_pgd(self.modules[OUR_MODULE], self.pixels, self.targets, size.eps, size.steps, restarts)
+        made += foolbox_fgsm(self.modules[OUR_MODULE], self.pixels, self.targets, size.eps)
+        every = torch.stack([self.standing(image) for image in made]).all(dim=0)
         found[f"Foolbox PGD-{size.steps} x {restarts} + FGSM"] = every[rows]
+        images = np.unique([self.batch.questions[row].image for row in rows], return_inverse=True)[1]
         return [
-            {"entry": self.vlm.name, "attack": name, "robust": round(float(s.float().mean()), 4), "n": len(rows),
-             "only_it_fools": int((found_by_none_else(found, name) & ~s).sum())}
-            for name, s in found.items()
+            {"entry": self.vlm.name, "attack": name, **robust(stand, images),
+             "only_it_fools": int((found_by_none_else(found, name) & ~stand).sum())}
+            for name, stand in found.items()
         ]  # fmt: skip
 
     def auto_attack(self, rows: Sequence[int], steps: int) -> Tensor:
@@ -273,6 +275,16 @@ class Bench:
             with frozen(self.vlm):
                 stand.append(all(bool(self.standing(attack(one, target), [row])) for attack in attacks))
         return torch.tensor(stand)
+
+
+def robust(stand: Tensor, images: Any) -> dict[str, Any]:
+    """Accuracy in % with its 95% interval, by image, of (n,) questions that stand."""
+    share = proportion(stand.double().numpy(), images)
+    return {
+        "robust": round(100 * share.value, 1),
+        "95%": f"[{100 * share.low:.1f}, {100 * share.high:.1f}]",
+        "n": share.n,
+    }
 
 
 def found_by_none_else(found: dict[str, Tensor], name: str) -> Tensor:

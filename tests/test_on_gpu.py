@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, build, lacks
 from measured_family import load, prepared
+from test_shortcut_pass import assert_same
 from test_shortcuts import options, token_loss
 
 from safemed_bench.models.generation import cache_options
@@ -58,3 +59,9 @@ def test_computing_twice_lowers_the_peak(tmp_path):
         torch.autograd.grad(token_loss(vlm, batch, pixels).sum(), pixels)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0]
+
+
+def test_an_attack_s_steps_take_the_shortcut(tmp_path, monkeypatch):
+    vlm = load("qwen3_vl", build("qwen3_vl", tmp_path), device="cuda", dtype="fp32")
+    assert vlm.shortcut.exact, vlm.shortcut.reason
+    assert_same(vlm, prepared(vlm), token_loss, monkeypatch, close=1e-3)
