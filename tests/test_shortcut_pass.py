@@ -25,6 +25,7 @@ from safemed_bench.models.fused import NormedRotary, RMSNorm, Rotary
 from safemed_bench.models.huggingface import HuggingFaceVLM
 from safemed_bench.models.shortcut import Shortcut
 from safemed_bench.models.smoothed import Smoothed
+from safemed_bench.run.probes import gradient
 from safemed_bench.suite.schema import DataSpec, ModelSpec
 from safemed_bench.training.checkpoint import with_lora
 from safemed_bench.training.settings import LoraSettings
@@ -328,6 +329,18 @@ def test_a_pass_that_is_slightly_wrong_is_refused(plain, where, fault, monkeypat
     monkeypatch.setattr(where, fault)
     shortcut = Shortcut.of(plain)
     assert not shortcut.exact and shortcut.reason.startswith("not taken: with it, scores differ by")
+
+
+def test_the_diagnostic_of_gradients_looks_at_the_slope_that_is_climbed(plain, monkeypatch):
+    """So that a pass that went wrong after its start-up check would be seen."""
+    batch = prepared(plain)
+
+    def mismatches():
+        return [extra["mismatch"] for _, extra in gradient(plain, batch)]
+
+    assert max(mismatches()) <= 0.05
+    monkeypatch.setattr("safemed_bench.models.fused._through_unit", lambda slope, y, scale: -slope * scale)
+    assert min(mismatches()) > 0.5
 
 
 def test_every_shipped_entry_that_sees_has_it():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attacks.base import frozen
+from ..attacks.base import climbing
 from ..core.types import Answer
 from ..models.base import Batch, VisionLanguageModel
 
@@ -35,7 +35,7 @@ def repeat(model: VisionLanguageModel, batch: Batch) -> Found:
 
 
 def gradient(model: VisionLanguageModel, batch: Batch) -> Found:
-    """The slope of the true option's log-odds at the answer position, on the clean image.
+    """The slope of the true option's log-odds at the answer position, on the clean image, as an attack climbs it.
 
     extra: `slope`, the gradient's norm (0 where there is none); `mismatch`, the smallest difference over STEPS of that
     norm and a central difference along the gradient, relative to the larger of the two; `noise`, how far the score
@@ -43,7 +43,7 @@ def gradient(model: VisionLanguageModel, batch: Batch) -> Found:
     Without a gradient the differences are along a random direction.
     """
     answers = model.answer(batch, batch.pixels)
-    with frozen(model):
+    with climbing(model):
         pixels = batch.pixels.clamp(0.02, 0.98)
         slope = _slope(model, batch, pixels)
         norm = slope.flatten(1).norm(dim=1)

@@ -33,7 +33,7 @@ CODE_VERSIONS: Mapping[str, int] = {
     "certify": CERTIFY_VERSION,
     "corruption": CORRUPTION_VERSION,
     "repeat": 1,
-    "gradient": 1,
+    "gradient": 2,
     "smooth": 3,
 }
 """Versions of the code behind a record. Raise one whenever a change to that part can change a record; an attack that
