@@ -11,8 +11,6 @@ from safemed_bench.suite import load_suite, load_suites
 from safemed_bench.suite.loader import Override
 from safemed_bench.suite.schema import ModelSpec
 
-REPO = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:

@@ -1,7 +1,7 @@
 """RMS norm and rotary embedding as one autograd function each, for weights that ask for no gradient.
 
-The forward passes are transformers' own, operation for operation; what is saved is the backward pass, which autograd
-takes through each of them. In float32, as their source is only there the same without its casts.
+The same functions as transformers' own, in fewer operations; what is saved above all is the backward pass, which
+autograd takes through each of them. For float32: without the casts of their source.
 """
 
 from __future__ import annotations
